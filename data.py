@@ -1,0 +1,1153 @@
+"""Turn a folder of brain scans into pictures, groups, splits and pairs of augmented views.
+
+Three ideas carry this file. (1) A picture is decoded once, to one gray square of bytes; everything
+later reads that array. (2) Pictures that belong together (one patient, or near-identical copies)
+form a *group*, and a group is never cut: if one slice of a head is in the test part, no other slice
+of it is in training. Most published scores on these data sets come from ignoring this. (3) The same
+slice, cropped, turned and blurred twice at random, gives two *views*; learning to recognise which
+views share a slice is the whole of SimCLR's supervision.
+
+    twins:    cos(t, t') >= 0.98  or  cos(t, mirror(t')) >= 0.98,   t = 32x32 thumbnail - its mean
+    view:     x~ = normalise( blur( jitter( x[ C F R A (u, v, 1) ] ) ) )   (arXiv 2002.05709, §3)
+              C crop, F flip, R rotation, A affine: one 3x3 matrix, so one resampling of the pixels
+
+Shape letters, the same in every file: N slices in a batch (so 2N views) · C channels · H, W pixels ·
+E encoder features · D projection dimensions · K classes. Here also n pictures, S = image size.
+
+Departures from the paper (§3 and appendix A of 2002.05709):
+  - grayscale once at load: hue, saturation and random grayscale do nothing to a gray picture;
+  - crops keep at least 20 % of the area, not 8 %: a lesion has to stay in sight of both views;
+  - crop sides are clamped to the picture, not redrawn until they fit: a fixed count of random numbers;
+  - a small rotation and affine are added: heads lie differently in every scanner.
+
+Next: simclr.py
+"""
+
+import hashlib
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+THUMBNAIL = 32  # pixels a side: enough to know a head again, too few to see the noise
+TWIN_COSINE = 0.98  # finds the 200 people of the Alzheimer set exactly; see the README
+SPLIT_SEED = b"simclr-brain-1"  # a constant: --seed never moves a picture between the parts
+CHAIN_SHARE = 0.05  # a group above this share of its task is suspect: strangers linked in a chain
+MAX_UNREADABLE = (5, 0.01)  # more than five *and* more than 1 % unreadable pictures stop a run
+
+
+class UserError(Exception):
+    """Something the user can mend; main.py prints it as one line and exits with status 2."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing, and random numbers
+# ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing such that a reader sees the old file or the new one, never half.
+
+    The bytes go to a temporary file beside `path`, are flushed to disk, and are renamed at the
+    end; after an exception the temporary file is gone and the old file is untouched.
+
+    Args:
+        path: where the file shall stand; missing folders are made.
+
+    Yields:
+        A binary file, open for reading and writing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # a rename can reach the disk before the bytes it names
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def seed_from(*key: int) -> int:
+    """One 63-bit seed from several whole numbers, such as (seed, epoch, step).
+
+    Every step asks for its own seed instead of going on with a running stream. So a resumed run
+    needs no generator state, and the step's numbers do not depend on what ran before it.
+    """
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator_for(*key: int) -> torch.Generator:
+    """A CPU generator for one step: its numbers are a function of `key` alone (`seed_from`)."""
+    return torch.Generator().manual_seed(seed_from(*key))
+
+
+# ---------------------------------------------------------------------------------------------
+# The tasks, and how a folder is read as tasks and classes
+# ---------------------------------------------------------------------------------------------
+
+
+class KnownTask(NamedTuple):
+    """What we know about a task beforehand: class order, other spellings, how patients are named."""
+
+    classes: tuple[str, ...]
+    spelling: dict[str, str] = {}
+    patient: str = (
+        ""  # searched in "<class>/<file below it>"; the first capture group is the patient
+    )
+
+
+KNOWN_TASKS = {
+    "tumor": KnownTask(
+        ("glioma", "meningioma", "notumor", "pituitary"),
+        {
+            "no": "notumor",
+            "no_tumor": "notumor",
+            "glioma_tumor": "glioma",
+            "meningioma_tumor": "meningioma",
+            "pituitary_tumor": "pituitary",
+        },
+    ),
+    # "58 (1).jpg" is slice 1 of patient 58, and the numbers begin anew in each class folder.
+    "stroke": KnownTask(("normal", "stroke"), patient=r"^([^/]+/(?:.*/)?\d+) \(\d+\)\.\w+$"),
+    "alzheimer": KnownTask(
+        ("non", "very_mild", "mild", "moderate"),
+        {
+            f"{stage}{ending}": stage
+            for stage in ("non", "very_mild", "mild", "moderate")
+            for ending in ("_demented", "_dementia")
+        },
+    ),
+    "parkinson": KnownTask(("normal", "parkinson")),
+    "ms": KnownTask(("no-lesion", "lesion"), {"no_lesion": "no-lesion"}),
+}
+
+# Folders (and OASIS file names) that name a person in any source; p0012 is how phantoms are named.
+PATIENT = re.compile(r"(?:^|/)(Patient-\d+|sub-[A-Za-z0-9]+|OAS1_\d+|p\d{4})(?![0-9])")
+PARTS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"GIF8", b"II*\0", b"MM\0*")
+
+
+def is_picture(path: str) -> bool:
+    """True where the ending or the first bytes say so: publishers name PNGs .jpg, or nothing."""
+    if os.path.splitext(path)[1].lower() in ENDINGS:
+        return True
+    try:
+        with open(path, "rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return head.startswith(MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+
+
+def list_pictures(root: Path) -> tuple[list[str], int]:
+    """Every picture below `root`, in a fixed order, and how many other files lie there.
+
+    Returns:
+        (paths below root with forward slashes, sorted; the count of other files)
+    """
+    found, others, seen = [], 0, set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder above itself would be walked for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            if is_picture(path):
+                found.append(Path(path).relative_to(root).as_posix())
+            else:
+                others += 1
+    return sorted(found), others
+
+
+class Source(NamedTuple):
+    """Class folders that stand side by side: where, as which task, and which picture is which."""
+
+    folder: str  # below --data; '' is --data itself
+    task: str
+    classes: tuple[str, ...]
+    rows: list[tuple[int, str, str, str]]  # (picture, class, publisher's part or '', "class/file")
+
+
+def find_sources(paths: list[str], root_name: str) -> list[Source]:
+    """Read a tree of folders as tasks and classes (design: two or more sibling folders of pictures).
+
+    A folder whose pictures lie in it directly, or in folders that name patients, is a *leaf*.
+    Leaves that stand side by side are classes, unless a sibling folder holds classes of its own.
+    Folders called train, val or test (any usual spelling) stand between a source and its classes.
+
+    Args:
+        paths: pictures below the data folder, forward slashes.
+        root_name: the data folder's own name, for a task that is the data folder itself.
+
+    Returns:
+        Sources; a picture in none of them is unlabelled.
+    """
+    tree: dict = {}
+    for row, path in enumerate(paths):
+        node = tree
+        for name in path.split("/")[:-1]:
+            node = node.setdefault(name, {})
+        node.setdefault("", []).append(row)  # '' cannot be a folder's name
+
+    def leaf(node: dict) -> bool:
+        return all(name == "" or PATIENT.fullmatch(name) and leaf(node[name]) for name in node)
+
+    def rows_below(node: dict) -> list[int]:
+        return [r for name in node for r in (node[name] if name == "" else rows_below(node[name]))]
+
+    sources: list[Source] = []
+
+    def visit(node: dict, folder: str) -> None:
+        kids = {name: kid for name, kid in node.items() if name}
+        parts = {name: PARTS[name.lower()] for name in kids if name.lower() in PARTS}
+        if parts and not all(leaf(kids[name]) for name in parts):
+            labelled = [
+                (f"{folder}/{part}".strip("/"), parts[part], name, kid)
+                for part in parts
+                for name, kid in kids[part].items()
+                if name and leaf(kid)
+            ]
+        elif not parts and all(leaf(kid) for kid in kids.values()):
+            labelled = [(folder, "", name, kid) for name, kid in kids.items()]
+        else:
+            labelled = []
+        if len({name for _, _, name, _ in labelled}) >= 2:
+            task, spell = _name_task(folder, root_name, {name for _, _, name, _ in labelled})
+            rows = []
+            for above, part, name, kid in labelled:
+                skip = len(f"{above}/{name}/".lstrip("/"))
+                rows += [
+                    (r, spell[name], part, f"{name}/{paths[r][skip:]}") for r in rows_below(kid)
+                ]
+            found = set(spell.values())
+            order = KNOWN_TASKS[task].classes if task in KNOWN_TASKS else ()
+            classes = [*(c for c in order if c in found), *sorted(found - set(order))]
+            sources.append(Source(folder, task, tuple(classes), rows))
+        else:
+            for name, kid in kids.items():
+                if not leaf(kid):
+                    visit(kid, f"{folder}/{name}".strip("/"))
+
+    visit(tree, "")
+    # Sources pool when their classes are the same; else each is a task named by its own folder.
+    for i, source in enumerate(sources):
+        rivals = {s.classes for s in sources if s.task == source.task}
+        own = source.folder.split("/")[-1] or root_name
+        if (
+            len(rivals) > 1
+            and source.classes != KNOWN_TASKS.get(source.task, KnownTask(())).classes
+        ):
+            sources[i] = source._replace(task=own)
+    return sources
+
+
+def _name_task(folder: str, root_name: str, names: set[str]) -> tuple[str, dict[str, str]]:
+    """The task of class folders `names` below `folder`, and each folder's class in it.
+
+    Class names that are a known task's decide; else the topmost folder's name does.
+    """
+    plain = {name: re.sub(r"[ _-]+", "_", name.strip().lower()) for name in names}
+    top = folder.split("/")[0] if folder else root_name
+    by_task = {
+        task: {name: known.spelling.get(plain[name], plain[name]) for name in names}
+        for task, known in KNOWN_TASKS.items()
+    }
+    for task, spelled in by_task.items():
+        if set(spelled.values()) == set(KNOWN_TASKS[task].classes):
+            return task, spelled
+    return top, by_task.get(top.lower(), {name: name for name in names})
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading a picture
+# ---------------------------------------------------------------------------------------------
+
+
+def read_gray(path: str | Path) -> np.ndarray:
+    """Decode one picture, of any PIL mode, as gray bytes at its own size.
+
+    Colour becomes luma (ITU-R 601, as PIL's "L"), what is transparent becomes black, and pixels of
+    16 bits or of floating point are scaled by their own range (clipping would leave white).
+
+    Returns:
+        (H, W) uint8 in [0, 255].
+
+    Raises:
+        OSError, ValueError, SyntaxError: PIL could not read it.
+    """
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            pixels = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+            low, high = pixels.min(), pixels.max()
+            return np.round((pixels - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+        if "A" in image.mode or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+        return np.asarray(image.convert("L"))
+
+
+def fit_square(gray: np.ndarray, size: int) -> np.ndarray:
+    """Resize (H, W) uint8 so that its long side is `size`, and pad it black to (size, size)."""
+    H, W = gray.shape
+    long = max(H, W)
+    h, w = max(1, round(H * size / long)), max(1, round(W * size / long))
+    resized = Image.fromarray(gray).resize(
+        (w, h), Image.Resampling.BILINEAR
+    )  # PIL's is antialiased
+    square = np.zeros((size, size), np.uint8)
+    top, left = (size - h) // 2, (size - w) // 2
+    square[top : top + h, left : left + w] = resized
+    return square
+
+
+def thumbnail(gray: np.ndarray) -> np.ndarray:
+    """The whole decoded picture, squashed to (32, 32) uint8 by area averaging.
+
+    It is made from the original, so that groups and splits do not depend on --image-size. Area
+    averaging matters: bilinear interpolation blurs strangers into chains of "twins".
+    """
+    return np.asarray(Image.fromarray(gray).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Every picture of a folder, decoded once. Row r of each array is the picture `paths[r]`."""
+
+    paths: list[str]
+    images: np.ndarray  # (n, S, S) uint8, memory-mapped from the cache
+    thumbnails: np.ndarray  # (n, 32, 32) uint8
+    hashes: np.ndarray  # (n, 16) uint8, the first half of the SHA-256 of the gray pixels
+    unreadable: dict[int, str]  # row -> why; its row of the arrays is black
+
+
+def decode(
+    root: Path,
+    paths: list[str],
+    read: Callable[[str], np.ndarray],
+    stamps: list[str],
+    image_size: int,
+    cache: Path,
+    progress: Callable[..., Iterable],
+) -> Pictures:
+    """Decode `paths` in parallel into one array in the cache folder, or map the array that is there.
+
+    The name of the array holds a digest of every path, size and time of change, so a folder that
+    changed misses the cache. The index is written last: where it stands, the array is whole.
+
+    Args:
+        root: the data folder; a digest of its name keeps the caches of two folders apart.
+        read: path -> (H, W) uint8 gray.
+        stamps: per picture, a text that changes when the file does.
+        progress: wraps an iterable and shows how far it is, as tqdm does.
+    """
+    place = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:12]
+    listing = hashlib.sha256("\n".join([*paths, *stamps]).encode("utf8", "surrogateescape"))
+    stem = f"{place}-{image_size}-{listing.hexdigest()[:12]}"
+    array, index = cache / f"{stem}.npy", cache / f"{stem}.npz"
+    n = len(paths)
+    if not index.exists():
+        thumbnails = np.zeros((n, THUMBNAIL, THUMBNAIL), np.uint8)
+        hashes = np.zeros((n, 16), np.uint8)
+        errors = [""] * n
+
+        def work(row: int, images: np.ndarray) -> None:
+            try:
+                gray = read(paths[row])
+                images[row] = fit_square(gray, image_size)
+                thumbnails[row] = thumbnail(gray)
+                digest = hashlib.sha256(np.ascontiguousarray(gray)).digest()[:16]
+                hashes[row] = np.frombuffer(digest, np.uint8)
+            except Exception as error:  # a broken file can make PIL raise nearly anything
+                errors[row] = f"{type(error).__name__}: {error}"
+
+        for stale in cache.glob(f"{place}-{image_size}-*"):
+            stale.unlink(missing_ok=True)
+        with write_atomically(array) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (n, image_size, image_size)}
+            np.lib.format.write_array_header_1_0(file, header)
+            images = np.memmap(file, np.uint8, "r+", file.tell(), (n, image_size, image_size))
+            # Threads, not processes: PIL, zlib and hashlib let go of the interpreter lock.
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                jobs = pool.map(lambda row: work(row, images), range(n))
+                for _ in progress(jobs, total=n, desc="decode", unit="picture"):
+                    pass
+            images.flush()
+        with write_atomically(index) as file:
+            np.savez(file, thumbnails=thumbnails, hashes=hashes, errors=np.array(errors))
+    with np.load(index) as known:
+        thumbnails, hashes, errors = known["thumbnails"], known["hashes"], known["errors"]
+    unreadable = {int(row): str(errors[row]) for row in np.flatnonzero(errors != "")}
+    return Pictures(paths, np.load(array, mmap_mode="r"), thumbnails, hashes, unreadable)
+
+
+# ---------------------------------------------------------------------------------------------
+# Groups: what must never be cut
+# ---------------------------------------------------------------------------------------------
+
+
+def twin_pairs(
+    thumbnails: np.ndarray, threshold: float = TWIN_COSINE, block: int = 2048
+) -> np.ndarray:
+    """Pairs of pictures that show the same thing, straight or mirrored left to right.
+
+    A thumbnail is the sum of an even part e (equal to its own mirror) and an odd part o (its
+    mirror's negative). The two are orthogonal, so with unit thumbnails
+
+        cos(t, t') = e.e' + o.o'     cos(t, mirror(t')) = e.e' - o.o'     larger = e.e' + |o.o'|
+
+    and both cosines of every pair cost one matrix product each, block by block.
+
+    Args:
+        thumbnails: (n, 32, 32) uint8.
+        threshold: cosine of the mean-free thumbnails, in [0, 1]; lower joins more.
+        block: rows held at once; memory is about 3 x block^2 x 4 bytes.
+
+    Returns:
+        (m, 2) int64 rows i < j, each pair once. A thumbnail of one colour is nobody's twin.
+
+    Raises:
+        ValueError: the thumbnails are not (n, 32, 32).
+    """
+    if thumbnails.ndim != 3 or thumbnails.shape[1:] != (THUMBNAIL, THUMBNAIL):
+        raise ValueError(f"thumbnails must be (n, 32, 32), got {thumbnails.shape}")
+    t = torch.from_numpy(np.ascontiguousarray(thumbnails)).float()
+    t = t - t.mean(dim=(1, 2), keepdim=True)
+    t = t / t.norm(dim=(1, 2), keepdim=True).clamp(min=1e-6)  # (n, 32, 32), unit or zero
+    half = THUMBNAIL // 2
+    # An even (odd) picture is known by its left half; sqrt(2)/2 makes up for the half left out.
+    even = ((t + t.flip(2))[:, :, :half] * math.sqrt(0.5)).flatten(1)  # (n, 512)
+    odd = ((t - t.flip(2))[:, :, :half] * math.sqrt(0.5)).flatten(1)  # (n, 512)
+    pairs = []
+    for i in range(0, len(t), block):
+        for j in range(i, len(t), block):
+            cosine = odd[i : i + block] @ odd[j : j + block].T
+            cosine = cosine.abs_().addmm_(even[i : i + block], even[j : j + block].T)
+            found = (cosine >= threshold).nonzero() + torch.tensor([i, j])
+            pairs.append(found[found[:, 0] < found[:, 1]])
+    return torch.cat(pairs).numpy() if pairs else np.zeros((0, 2), np.int64)
+
+
+def connected(n: int, pairs: np.ndarray) -> np.ndarray:
+    """Connected components of n things joined by `pairs` (single linkage), without a Python loop.
+
+    Every thing points at a smaller member of its component; each round hooks roots onto smaller
+    roots and then halves the length of every chain of pointers.
+
+    Returns:
+        (n,) int64: the smallest member of each thing's component.
+    """
+    label = np.arange(n)
+    while True:
+        a, b = label[pairs[:, 0]], label[pairs[:, 1]]
+        hooked = label.copy()
+        np.minimum.at(hooked, a, b)
+        np.minimum.at(hooked, b, a)
+        hooked = hooked[hooked]
+        if np.array_equal(hooked, label):
+            return label
+        label = hooked
+
+
+def near_duplicate_groups(thumbnails: np.ndarray, threshold: float = TWIN_COSINE) -> np.ndarray:
+    """Group near-identical pictures, mirrors included, by single linkage (see `twin_pairs`).
+
+    Args:
+        thumbnails: (N, 32, 32) uint8.
+        threshold: cosine from which two pictures are twins.
+
+    Returns:
+        (N,) int64 group numbers 0, 1, ... in order of first appearance.
+    """
+    groups = connected(len(thumbnails), twin_pairs(thumbnails, threshold))
+    return np.unique(groups, return_inverse=True)[1]
+
+
+def patient_pairs(paths: list[str], sources: list[Source]) -> np.ndarray:
+    """Chain the pictures that file names or folder names give to one patient.
+
+    An id counts within its source folder: patient 7 of one hospital is not patient 7 of another.
+
+    Returns:
+        (m, 2) int64 rows; a patient of k pictures gives k - 1 pairs.
+    """
+    names = {row: (None, path, PATIENT) for row, path in enumerate(paths)}  # unlabelled at first
+    for source in sources:
+        known = KNOWN_TASKS.get(source.task, KnownTask(())).patient
+        for row, _, _, name in source.rows:
+            pattern = re.compile(known) if known and re.search(known, name) else PATIENT
+            names[row] = (source.folder, name, pattern)
+    first: dict[tuple[str, str], int] = {}
+    pairs = []
+    for row, (folder, name, pattern) in names.items():
+        match = pattern.search(name)
+        if match:
+            folder = name[: match.start(1)] if folder is None else folder
+            pairs.append((first.setdefault((folder, match[1]), row), row))
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+# ---------------------------------------------------------------------------------------------
+# Splits
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """One classification task: parallel arrays over its pictures, and how they were split."""
+
+    name: str
+    classes: tuple[str, ...]
+    rows: np.ndarray  # (n,) int64, rows of Pictures
+    labels: np.ndarray  # (n,) int64 in [0, K)
+    groups: np.ndarray  # (n,) int64, group numbers of the whole data folder
+    split: np.ndarray  # (n,) str: train, val, test or dropped
+    notes: dict  # how the split was made, what was dropped and why
+
+    def part(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The (rows, labels, groups) of one part: 'train', 'val' or 'test'."""
+        chosen = self.split == name
+        return self.rows[chosen], self.labels[chosen], self.groups[chosen]
+
+
+def allot(groups: int, test: float, val: float) -> tuple[int, int]:
+    """How many of a class's groups go to test and to val; the rest, at least one, to train.
+
+    A class gives a group to train, then to test, then to val, before proportions apply.
+
+    >>> allot(1, 0.15, 0.15), allot(2, 0.15, 0.15), allot(3, 0.15, 0.15), allot(40, 0.15, 0.15)
+    ((0, 0), (1, 0), (1, 1), (6, 6))
+    """
+    n_test = max(1, int(groups * test + 0.5)) if test and groups > 1 else 0
+    n_val = max(1, int(groups * val + 0.5)) if val and groups > 1 + n_test else 0
+    return n_test, n_val
+
+
+def split_by_group(
+    labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, keys: np.ndarray, clash: np.ndarray
+) -> np.ndarray:
+    """Give each picture to train, val or test such that no group stands in two of them.
+
+    A publisher's test (and val) pictures stay what they are, and the rest of their groups is
+    dropped. What the publisher did not set aside is taken from his training part: 15 % of the
+    groups for val, and for test. Pictures without a publisher's part are split 70/15/15.
+
+    Args:
+        labels: (n,) int64.
+        groups: (n,) int64.
+        parts: (n,) str, the publisher's 'train', 'val', 'test' or ''.
+        keys: (n,) bytes, the picture's hash: it alone decides the order in which groups are dealt.
+        clash: (n,) bool, True = a twin of it in this task has another label; dropped.
+
+    Returns:
+        (n,) str: 'train', 'val', 'test' or 'dropped'.
+    """
+    split = np.where(clash, "dropped", "train").astype("U7")
+    free = ~clash
+    for part in ("test", "val"):
+        own = free & (parts == part)
+        split[own] = part
+        touched = free & np.isin(groups, groups[own])
+        split[touched & ~own] = "dropped"
+        free &= ~touched
+    given = set(parts[~clash])
+    test_share, val_share = (0.0 if part in given else 0.15 for part in ("test", "val"))
+    # Deal the groups out class by class, in an order that only their pixels decide.
+    _, local = np.unique(groups, return_inverse=True)
+    published = np.zeros(local.max(initial=-1) + 1, bool)
+    published[local[parts == "train"]] = True
+    votes = np.zeros((len(published), labels.max(initial=0) + 1), np.int64)
+    np.add.at(votes, (local[free], labels[free]), 1)
+    lowest: dict[int, bytes] = {}
+    for i in np.flatnonzero(free):
+        lowest[local[i]] = min(keys[i], lowest.get(local[i], keys[i]))
+    order = sorted(lowest, key=lambda g: hashlib.sha256(SPLIT_SEED + lowest[g]).digest())
+    for label in range(votes.shape[1]):
+        for ours in (True, False):
+            mine = [g for g in order if votes[g].argmax() == label and published[g] != ours]
+            shares = (0.15, 0.15) if ours else (test_share, val_share)
+            n_test, n_val = allot(len(mine), *shares)
+            split[free & np.isin(local, mine[:n_test])] = "test"
+            split[free & np.isin(local, mine[n_test : n_test + n_val])] = "val"
+    return split
+
+
+def make_task(
+    name: str, sources: list[Source], pictures: Pictures, groups: np.ndarray, pairs: np.ndarray
+) -> Task:
+    """Pool the sources of one task and split them (`split_by_group`).
+
+    Args:
+        groups: (n,) int64 over all pictures.
+        pairs: (m, 2) int64 twins over all pictures.
+    """
+    classes = sources[0].classes
+    listed = [
+        (row, classes.index(label), part)
+        for source in sources
+        for row, label, part, _ in source.rows
+        if row not in pictures.unreadable
+    ]
+    rows = np.array([row for row, _, _ in listed], np.int64)
+    labels = np.array([label for _, label, _ in listed], np.int64)
+    parts = np.array([part for _, _, part in listed], "U7")
+    label_of = np.full(len(pictures.paths), -1)  # (n,), -1 = not in this task
+    label_of[rows] = labels
+    a, b = label_of[pairs[:, 0]], label_of[pairs[:, 1]]
+    clashing = pairs[(a >= 0) & (b >= 0) & (a != b)]
+    clash = np.isin(rows, clashing)
+    keys = np.array([pictures.hashes[row].tobytes().hex().encode() for row in rows])
+    split = split_by_group(labels, groups[rows], parts, keys, clash)
+    sizes = np.bincount(groups[rows]) if len(rows) else np.zeros(1, int)
+    dropped = split == "dropped"
+    notes = {
+        "rule": "publisher's parts kept, cut by group" if parts.any() else "70/15/15 by group",
+        "groups": len(np.unique(groups[rows])),
+        "largest_group": int(sizes.max()),
+        "largest_group_is_a_chain": bool(sizes.max() > CHAIN_SHARE * len(rows)),
+        "dropped_for_a_twin_with_another_label": int(clash.sum()),
+        "dropped_for_a_group_in_test_or_val": int((dropped & ~clash).sum()),
+        "dropped_paths": [pictures.paths[row] for row in rows[dropped]],
+    }
+    return Task(name, classes, rows, labels, groups[rows], split, notes)
+
+
+# ---------------------------------------------------------------------------------------------
+# Phantoms: head slices drawn by code, so that everything runs, and is tested, without any data
+# ---------------------------------------------------------------------------------------------
+
+PHANTOM_VERSION = 1  # raise it when the drawing changes: it names the cache
+PHANTOM_SIZE = 128
+PHANTOM_PATIENTS, PHANTOM_SLICES = 64, 3  # per class, per patient
+
+# Gray values of (scalp, skull, fluid, gray matter, white matter): contrast-enhanced T1; CT, where
+# bone is white and the brain nearly flat; T1; a nigra-sensitive sequence; FLAIR, fluid nulled.
+PHANTOM_TISSUES = {
+    "tumor": (0.75, 0.08, 0.14, 0.42, 0.58),
+    "stroke": (0.35, 0.95, 0.16, 0.47, 0.41),
+    "alzheimer": (0.75, 0.08, 0.14, 0.45, 0.66),
+    "parkinson": (0.60, 0.08, 0.20, 0.50, 0.38),
+    "ms": (0.60, 0.10, 0.12, 0.50, 0.40),
+}
+
+
+def phantom_paths() -> list[str]:
+    """The paths of all phantoms, such as tumor/glioma/p0012/3: task, class, patient, slice."""
+    return [
+        f"{task}/{class_}/p{k * PHANTOM_PATIENTS + patient:04d}/{slice_}"
+        for task, known in sorted(KNOWN_TASKS.items())
+        for k, class_ in enumerate(sorted(known.classes))
+        for patient in range(PHANTOM_PATIENTS)
+        for slice_ in range(PHANTOM_SLICES)
+    ]
+
+
+class Head:
+    """A slice being drawn: where each pixel lies in the head, and the gray values so far.
+
+    u runs to the viewer's right, v down, r from 0 in the middle to 1 on the scalp; each is
+    (128, 128) float32 in units of the head's half length.
+    """
+
+    def __init__(self, person: np.random.Generator, moment: np.random.Generator, level: float):
+        axis = (np.arange(PHANTOM_SIZE, dtype=np.float32) + 0.5) / PHANTOM_SIZE * 2 - 1
+        self.x, self.y = np.meshgrid(axis, axis)
+        tilt = person.normal(0, 0.10) + moment.normal(0, 0.02)  # radians
+        dx, dy = person.normal(0, 0.04, 2) + moment.normal(0, 0.01, 2)
+        scale = person.uniform(0.72, 0.94) * (1 - 0.05 * level**2)
+        self.u = (math.cos(tilt) * (self.x - dx) + math.sin(tilt) * (self.y - dy)) / scale
+        self.v = (math.cos(tilt) * (self.y - dy) - math.sin(tilt) * (self.x - dx)) / scale
+        self.a, self.b = person.uniform(0.74, 0.88), person.uniform(0.92, 1.04)  # half axes
+        self.angle = np.arctan2(self.v / self.b, self.u / self.a)
+        bumps = sum(
+            person.normal(0, 0.015) * np.cos(k * self.angle + person.uniform(0, 6.3))
+            for k in (2, 3, 4)
+        )
+        self.r = np.hypot(self.u / self.a, self.v / self.b) * (1 + bumps)
+        self.gray = np.zeros_like(self.r)
+        self.lesion = np.zeros(self.r.shape, bool)
+
+    def ellipse(self, cu: float, cv: float, ru: float, rv: float, turn: float = 0) -> np.ndarray:
+        """Signed depth inside an ellipse: positive inside, 0 on the rim, in units of r."""
+        du, dv = self.u - cu, self.v - cv
+        p, q = math.cos(turn) * du + math.sin(turn) * dv, math.cos(turn) * dv - math.sin(turn) * du
+        return (1 - np.hypot(p / ru, q / rv)) * min(ru, rv)
+
+    def paint(self, depth: np.ndarray, value: float, soft: float = 0.012) -> np.ndarray:
+        """Lay `value` where `depth` is positive, over a rim `soft` wide; (128, 128) bool, True = there."""
+        share = np.clip(0.5 + depth / (4 * soft), 0, 1)
+        self.gray += share * (value - self.gray)
+        return share > 0.5
+
+    def paint_lesion(self, depth: np.ndarray, value: float, soft: float = 0.012) -> None:
+        """Paint, and count what was painted as diseased."""
+        self.lesion |= self.paint(depth, value, soft)
+
+
+def draw_phantom(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the phantom called `path`; the same path always gives the same pixels.
+
+    Head shape, folding, contrast, gain and the lesion belong to the patient; level in the head,
+    pose and noise to the slice. The picture is axial, front up.
+
+    Returns:
+        (image (128, 128) uint8, lesion (128, 128) bool, True = diseased). In Alzheimer's disease
+        nothing is added; the mask is what changes size, the ventricles and hippocampi.
+    """
+    task, class_, patient, slice_ = path.split("/")
+    person = np.random.default_rng(zlib.crc32(f"{task}/{class_}/{patient}".encode()))
+    moment = np.random.default_rng(zlib.crc32(path.encode()))
+    stage = KNOWN_TASKS[task].classes.index(class_)
+    level = (int(slice_) + 0.5) / PHANTOM_SLICES * 2 - 1 + moment.normal(0, 0.08)  # -1 low, 1 high
+    tissues = (np.array(PHANTOM_TISSUES[task]) * person.normal(1, 0.08, 5)).tolist()
+    head = Head(person, moment, level)
+    atrophy = max(0.0, (stage / 3 if task == "alzheimer" else 0) + person.normal(0, 0.12))
+    draw_brain(head, person, tissues, atrophy)
+    draw_deep_structures(head, person, tissues, atrophy, task, stage, level)
+    near = math.sqrt(max(0.3, 1 - (0.5 * level) ** 2))  # a lesion is widest in its middle slice
+    draw_lesion(head, person, tissues, class_, near)
+    # The scanner: gain that drifts across the head, contrast, and Rician noise, as MRI has it.
+    drift = person.normal(0, 0.12, 3).astype(np.float32)
+    gain = 1 + drift[0] * head.x + drift[1] * head.y + drift[2] * head.x * head.y
+    gray = np.clip(head.gray * gain, 0, 1.2) ** person.uniform(0.8, 1.25) * person.uniform(
+        0.8, 1.05
+    )
+    noise = moment.normal(0, person.uniform(0.015, 0.05), (2, *gray.shape))
+    gray = np.hypot(gray + noise[0], noise[1])
+    return (np.clip(gray, 0, 1) * 255).astype(np.uint8), head.lesion
+
+
+def draw_brain(
+    head: Head, person: np.random.Generator, tissues: list[float], atrophy: float
+) -> None:
+    """Scalp, skull, fluid, folded cortex, white matter and the cleft between the halves.
+
+    Atrophy (0 healthy, 1 severe) thins the cortex from outside and widens the furrows.
+    """
+    fat, bone, fluid, gray_matter, white_matter = tissues
+    r, angle, rim = head.r, head.angle, 0.86 - 0.03 * atrophy
+    for edge, value in ((1.0, fat), (0.95, bone), (0.89, fluid), (rim, gray_matter)):
+        head.paint(edge - r, value)
+    phase = person.uniform(0, 2 * np.pi, 4)
+    bent = angle + 0.12 * np.sin(14 * r + phase[0]) + 0.05 * np.sin(23 * r + 5 * angle)
+    folds = np.sin(person.integers(17, 24) * bent + phase[1] + 3 * np.sin(3 * angle + phase[2]))
+    folds = folds * (0.85 + 0.25 * np.sin(5 * angle + phase[3]))
+    cortex = 0.13 - 0.04 * atrophy
+    head.paint(rim - cortex * (1 - 0.35 * folds) - r, white_matter, 0.02)
+    furrow = np.minimum(-folds - 0.75 + 0.25 * atrophy, (r - rim + 1.2 * cortex) * 6)
+    head.paint(np.minimum(furrow, (rim + 0.01 - r) * 6), fluid, 0.08)
+    cleft = np.minimum(0.014 + 0.01 * atrophy - np.abs(head.u), np.abs(head.v) - 0.42)
+    head.paint(np.minimum(cleft, rim - r), fluid, 0.008)
+
+
+def draw_deep_structures(
+    head: Head,
+    person: np.random.Generator,
+    tissues: list[float],
+    atrophy: float,
+    task: str,
+    stage: int,
+    level: float,
+) -> None:
+    """Deep nuclei and ventricles; for Alzheimer's the hippocampi, for Parkinson's the midbrain."""
+    _, _, fluid, gray_matter, white_matter = tissues
+    size = person.uniform(0.75, 1.25) * (1 + 0.55 * atrophy) * (1 - 0.25 * level)
+    healthy = gray_matter + person.uniform(0.15, 0.25)  # the nigra, bright until its cells die
+    faded = white_matter + 0.2 * (healthy - white_matter)
+    ill = stage > 0 and task in ("alzheimer", "parkinson")
+    for side in (-1, 1):
+        head.paint(head.ellipse(side * 0.24, 0.02, 0.10, 0.17, -side * 0.2), gray_matter, 0.02)
+        if task == "parkinson":  # this low in the head the midbrain stands where the ventricles end
+            head.paint(head.ellipse(side * 0.12, 0.02, 0.13, 0.17, side * 0.5), white_matter)
+            nigra = head.ellipse(side * 0.13, 0.03, 0.035, 0.11, side * 0.7)
+            head.lesion |= head.paint(nigra, faded if ill else healthy) & ill
+        else:
+            for cv, rv, turn in ((-0.16, 0.17, -0.25), (0.20, 0.16, 0.45)):  # front and back horn
+                horn = head.ellipse(side * 0.10, cv, 0.05 * size, rv * math.sqrt(size), side * turn)
+                head.lesion |= head.paint(horn, fluid) & ill
+        if task == "alzheimer":
+            head.paint(head.ellipse(side * 0.42, 0.30, 0.10, 0.13, side * 0.4), fluid)
+            left = 0.085 * (1 - 0.5 * atrophy)  # of the hippocampus; fluid takes its place
+            hippocampus = head.ellipse(side * 0.42, 0.32, left, 1.3 * left, side * 0.4)
+            head.lesion |= head.paint(hippocampus, gray_matter) & ill
+    head.paint(head.ellipse(0, 0.05, 0.018 + 0.012 * atrophy, 0.10), fluid, 0.008)
+
+
+def draw_lesion(
+    head: Head, person: np.random.Generator, tissues: list[float], class_: str, near: float
+) -> None:
+    """What a disease adds: a tumour, an infarct, the lesions of multiple sclerosis; else nothing."""
+    _, _, fluid, gray_matter, white_matter = tissues
+    inside, side, strength = 0.86 - head.r, person.choice([-1, 1]), person.uniform(0.6, 1.0)
+    ragged = 0.03 * np.sin(9 * head.u + person.uniform(0, 6.3)) * np.sin(11 * head.v)
+    if class_ == "glioma":  # in the white matter: ragged, swollen round it, bright rim, dead core
+        where, far = person.uniform(-1.2, 1.2), person.uniform(0.38, 0.52)
+        cu, cv = side * far * math.cos(where) * head.a, far * math.sin(where) * head.b
+        radius = person.uniform(0.13, 0.21) * near
+        mass = head.ellipse(cu, cv, radius, radius * person.uniform(0.75, 1.2)) + ragged
+        head.paint_lesion(np.minimum(mass + 0.5 * radius, inside), 0.75 * white_matter, 0.05)
+        head.paint(np.minimum(mass, inside), white_matter + 0.30 * strength, 0.02)
+        head.paint(np.minimum(mass - 0.4 * radius, inside), fluid * 1.4, 0.03)
+    elif class_ == "meningioma":  # on the inside of the skull: round, even, bright
+        where, radius = person.uniform(-1.4, 1.4), person.uniform(0.11, 0.19) * near
+        cu, cv = side * 0.76 * math.cos(where) * head.a, 0.76 * math.sin(where) * head.b
+        mass = np.minimum(head.ellipse(cu, cv, radius, radius), 0.885 - head.r)
+        head.paint_lesion(mass, white_matter + 0.28 * strength)
+    elif class_ == "pituitary":  # in the middle: small, round
+        cu, cv = person.normal(0, 0.015), person.uniform(-0.16, -0.02)
+        radius = person.uniform(0.07, 0.13) * near
+        mass = head.ellipse(cu, cv, radius * 1.1, radius)
+        head.paint_lesion(mass, white_matter + 0.24 * strength)
+    elif (
+        class_ == "stroke"
+    ):  # the wedge that one artery feeds (anterior, middle, posterior), swollen dark
+        territories = ((-1.25, 0.35), (-0.1, 0.65), (1.1, 0.40))  # middle and half width, radians
+        middle, width = territories[person.choice(3, p=(0.2, 0.6, 0.2))]
+        turned = np.arctan2(head.v / head.b, side * head.u / head.a)
+        wedge = np.minimum(width - np.abs(turned - middle), 2 * np.minimum(head.r - 0.30, inside))
+        dark = fluid + (gray_matter - fluid) * (1 - 0.6 * strength)
+        head.paint_lesion(wedge + 1.3 * ragged, dark, 0.05)
+    elif class_ == "lesion":  # multiple sclerosis: several small ones along the ventricles
+        for _ in range(person.integers(3, 8)):
+            cu = person.choice([-1, 1]) * person.uniform(0.16, 0.27)
+            cv, radius = person.uniform(-0.32, 0.38), person.uniform(0.025, 0.06) * near
+            turn, longer = person.uniform(-1, 1), person.uniform(1, 1.8)
+            spot = head.ellipse(cu, cv, radius, radius * longer, turn)
+            head.paint_lesion(spot, white_matter + 0.35 * strength)
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole folder
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A data folder, read: its pictures, which of them belong together, and its tasks."""
+
+    pictures: Pictures
+    groups: np.ndarray  # (n,) int64
+    tasks: dict[str, Task]
+    other_files: int
+
+    def pretraining_rows(self) -> np.ndarray:
+        """(m,) int64: every picture but those whose group is in a val or test part of any task.
+
+        What a task dropped stays out too. This is what keeps an encoder from having seen, without
+        its label, the very picture (or patient) it is later tested on.
+        """
+        out = np.zeros(len(self.pictures.paths), bool)
+        for task in self.tasks.values():
+            held = task.groups[np.isin(task.split, ("val", "test"))]
+            out |= np.isin(self.groups, held)
+            out[task.rows[task.split == "dropped"]] = True
+        out[list(self.pictures.unreadable)] = True
+        return np.flatnonzero(~out)
+
+    def task(self, name: str) -> Task:
+        """The task called `name`, checked to have two classes that can each be split.
+
+        Raises:
+            UserError: no such task, or a class whose pictures are all one group.
+        """
+        if name not in self.tasks:
+            found = ", ".join(sorted(self.tasks)) or "none (a task needs two or more class folders)"
+            raise UserError(
+                f"no task {name!r} here; found: {found}; known: {', '.join(KNOWN_TASKS)}; "
+                "give --task one of the found, or put the class folders into a folder of that name"
+            )
+        task = self.tasks[name]
+        for label, class_ in enumerate(task.classes):
+            for part in ("train", "test"):
+                if not (task.labels[task.split == part] == label).any():
+                    n = len(np.unique(task.groups[task.labels == label]))
+                    raise UserError(
+                        f"class {class_!r} of task {name} has {n} group(s) and none is left for the "
+                        f"{part} part; a class needs pictures of at least two patients, because "
+                        "splitting one patient's pictures would test on what was trained on"
+                    )
+        return task
+
+    def split_table(self, task: Task) -> list[tuple[str, str, int, str, str]]:
+        """The rows of splits.csv: path, label, group, split, pixel_hash (hexadecimal)."""
+        return [
+            (
+                self.pictures.paths[r],
+                task.classes[k],
+                int(g),
+                str(s),
+                self.pictures.hashes[r].tobytes().hex(),
+            )
+            for r, k, g, s in zip(task.rows, task.labels, task.groups, task.split, strict=True)
+        ]
+
+    def fingerprint(self) -> str:
+        """A digest of every path and every pixel: two runs with equal ones saw the same data."""
+        digest = hashlib.sha256("\n".join(self.pictures.paths).encode("utf8", "surrogateescape"))
+        digest.update(np.ascontiguousarray(self.pictures.hashes))
+        return digest.hexdigest()
+
+
+def load(
+    root: Path | None,
+    image_size: int,
+    cache: Path,
+    progress: Callable[..., Iterable] = lambda items, **_: items,
+) -> Collection:
+    """Read a data folder, or the phantoms, into one Collection. Every command starts here.
+
+    Args:
+        root: the folder; None for the phantoms.
+        image_size: S > 0, pixels a side of the cached squares.
+        cache: folder of the decoded pictures; must not lie inside `root`.
+        progress: as in `decode`.
+
+    Raises:
+        UserError: no such folder, no pictures in it, or too many that cannot be read.
+    """
+    if root is None:
+        paths, others = phantom_paths(), 0
+        pictures = decode(
+            Path(f"phantoms-{PHANTOM_VERSION}"), paths, lambda path: draw_phantom(path)[0],
+            [""] * len(paths), image_size, cache, progress,
+        )  # fmt: skip
+    else:
+        if not root.is_dir():
+            raise UserError(
+                f"{root} is not a folder; --data takes the folder that holds your scans"
+            )
+        paths, others = list_pictures(root)
+        if not paths:
+            raise UserError(
+                f"no pictures below {root} ({others} other files); expected "
+                f"{root}/<task>/<class>/*.png, or pictures anywhere below it for pretraining alone"
+            )
+        stats = [os.stat(root / path) for path in paths]
+        pictures = decode(
+            root, paths, lambda path: read_gray(root / path),
+            [f"{s.st_size} {s.st_mtime_ns}" for s in stats], image_size, cache, progress,
+        )  # fmt: skip
+    bad = pictures.unreadable
+    if len(bad) > MAX_UNREADABLE[0] and len(bad) > MAX_UNREADABLE[1] * len(paths):
+        row = min(bad)
+        raise UserError(
+            f"{len(bad)} of {len(paths)} pictures below {root} cannot be read, the first {paths[row]} "
+            f"({bad[row]}); replace or remove them"
+        )
+    sources = find_sources(paths, root.resolve().name if root else "phantoms")
+    twins = twin_pairs(pictures.thumbnails)
+    same = np.unique(pictures.hashes, axis=0, return_inverse=True)[1].reshape(-1)
+    first = np.full(same.max() + 1, -1)
+    first[same[::-1]] = np.arange(len(same))[::-1]
+    copies = np.stack([first[same], np.arange(len(same))], axis=1)
+    copies = copies[~np.isin(np.arange(len(same)), list(bad))]  # unreadable ones all hash to zero
+    joined = np.concatenate([twins, copies, patient_pairs(paths, sources)])
+    groups = np.unique(connected(len(paths), joined), return_inverse=True)[1]
+    tasks = {
+        name: make_task(name, [s for s in sources if s.task == name], pictures, groups, twins)
+        for name in sorted({s.task for s in sources})
+    }
+    return Collection(pictures, groups, tasks, others)
+
+
+# ---------------------------------------------------------------------------------------------
+# Two views of a slice
+# ---------------------------------------------------------------------------------------------
+
+CROP_AREA = (0.2, 1.0)  # share of the picture's area
+CROP_RATIO = (3 / 4, 4 / 3)  # width / height
+ROTATION = 15.0  # degrees either way
+SHIFT, SCALE, SHEAR = 0.05, (0.95, 1.05), 5.0  # share of the side; factor; degrees either way
+BRIGHTNESS = CONTRAST = 0.4  # factors in [1 - 0.4, 1 + 0.4]
+JITTER_CHANCE = 0.8  # 2002.05709, appendix A
+BLUR_SIGMA, BLUR_CHANCE = (0.1, 2.0), 0.5  # pixels; appendix A
+
+
+class ViewParameters(NamedTuple):
+    """The random numbers of V views, one row each; drawn for a whole batch, then sliced."""
+
+    matrix: Tensor  # (V, 3, 3) from output to input coordinates, both in [-1, 1] across the picture
+    brightness: Tensor  # (V,) factor
+    contrast: Tensor  # (V,) factor
+    sigma: Tensor  # (V,) of the blur, in pixels; 0 = none
+
+    def rows(self, chosen: slice | Tensor) -> "ViewParameters":
+        """The parameters of some of the views."""
+        return ViewParameters(*(values[chosen] for values in self))
+
+
+def matrix(a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor) -> Tensor:
+    """(V, 3, 3) matrices [[a, b, c], [d, e, f], [0, 0, 1]] from six (V,) columns."""
+    zero, one = torch.zeros_like(a), torch.ones_like(a)
+    return torch.stack([a, b, c, d, e, f, zero, zero, one], dim=1).view(-1, 3, 3)
+
+
+def crop_matrix(left: Tensor, top: Tensor, width: Tensor, height: Tensor) -> Tensor:
+    """Stretch a box, in shares of the picture's sides, over the whole output: (V, 3, 3)."""
+    zero = torch.zeros_like(left)
+    return matrix(width, zero, 2 * left + width - 1, zero, height, 2 * top + height - 1)
+
+
+def flip_matrix(flip: Tensor) -> Tensor:
+    """Mirror left to right where `flip` (V,) bool is True: (V, 3, 3)."""
+    one, zero = torch.ones(len(flip)), torch.zeros(len(flip))
+    return matrix(torch.where(flip, -one, one), zero, zero, zero, one, zero)
+
+
+def rotation_matrix(degrees: Tensor) -> Tensor:
+    """Turn the picture counter-clockwise about its middle: (V, 3, 3)."""
+    cos, sin = torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))
+    zero = torch.zeros_like(cos)
+    return matrix(cos, -sin, zero, sin, cos, zero)
+
+
+def affine_matrix(shift_x: Tensor, shift_y: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
+    """Shear along x (degrees), enlarge by `scale`, then shift by shares of the side: (V, 3, 3).
+
+    Written backwards, as all of these are, because resampling asks where an output pixel is from.
+    """
+    one, zero = torch.ones_like(scale), torch.zeros_like(scale)
+    unshift = matrix(one, zero, -2 * shift_x, zero, one, -2 * shift_y)
+    unscale = matrix(1 / scale, zero, zero, zero, 1 / scale, zero)
+    unshear = matrix(one, torch.tan(torch.deg2rad(shear)), zero, zero, one, zero)
+    return unshear @ unscale @ unshift
+
+
+def draw_views(V: int, generator: torch.Generator) -> ViewParameters:
+    """Draw the parameters of V views from a CPU generator: V rows of 14 numbers, all at once."""
+    u = torch.rand(V, 14, generator=generator)  # (V, 14) in [0, 1)
+
+    def between(column: int, low: float, high: float) -> Tensor:
+        return low + (high - low) * u[:, column]  # (V,)
+
+    area = between(0, *CROP_AREA)
+    ratio = between(1, math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])).exp()
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    jitter, blur = u[:, 10] < JITTER_CHANCE, u[:, 11] < BLUR_CHANCE  # (V,) bool, True = do it
+    return ViewParameters(
+        # Reading right to left: an output pixel is carried back through affine, rotation, flip, crop.
+        matrix=crop_matrix(u[:, 2] * (1 - width), u[:, 3] * (1 - height), width, height)
+        @ flip_matrix(u[:, 4] < 0.5)  # left-right only: heads are never scanned upside down
+        @ rotation_matrix(between(5, -ROTATION, ROTATION))
+        @ affine_matrix(
+            between(6, -SHIFT, SHIFT),
+            between(7, -SHIFT, SHIFT),
+            between(8, *SCALE),
+            between(9, -SHEAR, SHEAR),
+        ),
+        brightness=torch.where(jitter, between(12, 1 - BRIGHTNESS, 1 + BRIGHTNESS), 1.0),
+        contrast=torch.where(jitter, between(13, 1 - CONTRAST, 1 + CONTRAST), 1.0),
+        # The chance of a blur leaves its number uniform in [0, BLUR_CHANCE): rescaled, it is sigma.
+        sigma=torch.where(
+            blur, BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[:, 11] / BLUR_CHANCE, 0.0
+        ),
+    )
+
+
+def resample(images: Tensor, matrices: Tensor) -> Tensor:
+    """Carry (V, 1, S, S) pictures through (V, 3, 3) matrices: bilinear, black outside the picture."""
+    grid = F.affine_grid(matrices[:, :2], list(images.shape), align_corners=False)  # (V, S, S, 2)
+    return F.grid_sample(images, grid, "bilinear", "zeros", align_corners=False)  # (V, 1, S, S)
+
+
+def jitter_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Multiply (V, 1, S, S) in [0, 1] by (V,) factors, and clip."""
+    return (images * factor.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def jitter_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Stretch (V, 1, S, S) in [0, 1] about each picture's own mean by (V,) factors, and clip."""
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)  # (V, 1, 1, 1)
+    return (mean + (images - mean) * factor.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Blur (V, 1, S, S) pictures, each with its own sigma (V,) in pixels; 0 leaves it as it is.
+
+    A Gaussian is separable, and along one axis any linear filter is a matrix: x~ = B x B'. So one
+    batch of S x S products does every row and one every column. The window is a tenth of the
+    side (2002.05709, appendix A); at the border the picture is continued by reflection.
+    """
+    S = images.shape[-1]
+    radius = max(1, S // 20)
+    offset = torch.arange(-radius, radius + 1, device=images.device)  # (k,), k = 2 radius + 1
+    weight = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2)  # (V, k)
+    weight = weight / weight.sum(dim=1, keepdim=True)
+    source = torch.arange(S, device=images.device)[:, None] + offset  # (S, k), runs past the edge
+    source = (S - 1) - ((S - 1) - source.abs()).abs()  # (S, k), reflected back inside
+    band = torch.zeros(len(images), S, S, device=images.device)
+    band.scatter_add_(2, source.expand(len(images), -1, -1), weight[:, None].expand(-1, S, -1))
+    return (band @ images[:, 0] @ band.mT)[:, None]  # (V, 1, S, S)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Bytes to float32 in [0, 1]; floats are taken to be there already."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def apply_views(
+    images: Tensor, views: ViewParameters, mean: float = 0.5, std: float = 0.5
+) -> Tensor:
+    """Make one view of each picture.
+
+    Args:
+        images: (V, 1, S, S), uint8, or float32 in [0, 1]; on any device.
+        views: V rows of parameters.
+        mean, std: applied last; 0.5 and 0.5 give [-1, 1].
+
+    Returns:
+        (V, 1, S, S) float32.
+
+    Raises:
+        ValueError: the pictures are not gray squares, one for each row.
+    """
+    V, S = len(views.sigma), images.shape[-1]
+    if images.shape != (V, 1, S, S):
+        raise ValueError(f"expected ({V}, 1, S, S) pictures, got {tuple(images.shape)}")
+    views = ViewParameters(*(values.to(images.device) for values in views))
+    x = resample(to_unit(images), views.matrix)
+    x = jitter_brightness(x, views.brightness)
+    x = jitter_contrast(x, views.contrast)
+    x = gaussian_blur(x, views.sigma)
+    return (x - mean) / std
+
+
+def random_views(
+    images: Tensor, generator: torch.Generator, mean: float = 0.5, std: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Two independent random views of each slice (arXiv 2002.05709, §2.1: t, t' ~ T).
+
+    Args:
+        images: (N, 1, S, S), uint8, or float32 in [0, 1].
+        generator: a CPU generator; it alone decides what the views look like.
+        mean, std: of the normalisation, in units of [0, 1].
+
+    Returns:
+        view_a, view_b: (N, 1, S, S) float32, [-1, 1] with the default mean and std.
+    """
+    views = draw_views(2 * len(images), generator)
+    return apply_views(torch.cat([images, images]), views, mean, std).chunk(2)

@@ -1,0 +1,391 @@
+"""Say how good a classifier is: every metric by hand, with the interval that belongs to it.
+
+Labels and probabilities go in, numbers, a text and pictures come out. Two decisions make the
+numbers mean something. Every figure and its interval come from the same lines of code: a metric is
+a function of *weights* on the pictures, all of them 1 for the figure itself. And the interval comes
+from resampling *groups* (patients), not pictures: forty slices of one head are not forty
+independent answers, and an interval that believes so is far too narrow.
+
+    C[t, p] = weight of the pictures of class t called p                    (confusion matrix)
+    precision_k = C[k, k] / sum_t C[t, k]        recall_k = C[k, k] / sum_p C[k, p]
+    F1_k = 2 C[k, k] / (sum_t C[t, k] + sum_p C[k, p])
+    AUROC_k = P(score of a k > score of another) + P(equal) / 2             (Mann and Whitney 1947)
+    ECE = sum over 15 bins of share of pictures * |accuracy - mean top probability|
+                                                             (Guo et al., arXiv 1706.04599, Eq. 3)
+    NLL = mean of -log(probability of the true class), in nats
+
+Shape letters: N pictures here (slices) · K classes · B resamples · G groups.
+
+Next: heads.py
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+RESAMPLES = 2000  # the ends of a 95 % interval move by about 1 % of its width between seeds
+ECE_BINS = 15
+
+# ---------------------------------------------------------------------------------------------
+# Metrics, as functions of weights
+# ---------------------------------------------------------------------------------------------
+
+
+def confusion_matrix(labels: np.ndarray, preds: np.ndarray, num_classes: int) -> np.ndarray:
+    """Count the pictures of each true class (row) that were called each class (column).
+
+    Args:
+        labels, preds: (N,) whole numbers in [0, num_classes).
+
+    Returns:
+        (K, K) int64; rows sum to the classes' supports.
+
+    Raises:
+        ValueError: lengths differ, or a class is outside [0, num_classes).
+
+    >>> confusion_matrix([0, 0, 1], [0, 1, 1], 2).tolist()
+    [[1, 1], [0, 1]]
+    """
+    labels, preds = np.asarray(labels, np.int64), np.asarray(preds, np.int64)
+    both = np.concatenate([labels, preds])
+    if labels.shape != preds.shape or (
+        both.size and not 0 <= both.min() <= both.max() < num_classes
+    ):
+        raise ValueError(
+            f"expected two rows of classes below {num_classes}, got {labels.shape} and "
+            f"{preds.shape}, from {both.min(initial=0)} to {both.max(initial=0)}"
+        )
+    counts = np.bincount(labels * num_classes + preds, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray, undefined: float) -> np.ndarray:
+    """Divide; where the denominator is 0 the result is `undefined`."""
+    safe = np.where(denominator > 0, denominator, 1)
+    return np.where(denominator > 0, numerator / safe, undefined)
+
+
+def auroc(
+    scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Area under the ROC curve: the chance that a positive scores above a negative; ties are half.
+
+    Args:
+        scores: (N,) any scale; higher means "positive".
+        positive: (N,) bool.
+        weights: (B, N), one row for each resample; None = one row of ones.
+
+    Returns:
+        (B,) in [0, 1]; 0.5 is chance; NaN where there are no positives or no negatives.
+
+    >>> float(auroc(np.array([0.1, 0.4, 0.4, 0.8]), np.array([False, True, False, True]))[0])
+    0.875
+    """
+    weights = np.ones((1, len(scores))) if weights is None else weights
+    if not len(scores):
+        return np.full(len(weights), np.nan)
+    order = np.argsort(scores, kind="stable")
+    ranked, w = scores[order], weights[:, order]
+    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])  # first of each tied score
+    up = np.add.reduceat(w * positive[order], starts, axis=1)  # (B, scores), weight of positives
+    down = np.add.reduceat(w, starts, axis=1) - up
+    below = np.cumsum(down, axis=1) - down  # (B, scores), negatives that score strictly less
+    won = (up * (below + down / 2)).sum(axis=1)
+    return ratio(won, up.sum(axis=1) * down.sum(axis=1), np.nan)
+
+
+def weighted_metrics(
+    labels: np.ndarray, probs: np.ndarray, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The metrics for which we give intervals, once for each row of weights.
+
+    Args:
+        labels: (N,) int64 in [0, K).
+        probs: (N, K) rows sum to 1.
+        weights: (B, N) how often each picture counts.
+
+    Returns:
+        Per class, (B, K): precision, recall, f1 (undefined = 0), class_auroc (undefined = NaN).
+        Over classes, (B,): accuracy; macro_precision, macro_recall, macro_f1, over all K classes;
+        balanced_accuracy over the classes that have pictures; auroc over those that also have
+        others to be told from. NaN where nothing can be scored.
+    """
+    K = probs.shape[1]
+    cell = np.eye(K * K)[labels * K + probs.argmax(axis=1)]  # (N, K^2), one 1 a row
+    C = (weights @ cell).reshape(-1, K, K)  # (B, K, K), weighted confusion matrices
+    hit, support, called = np.einsum("bkk->bk", C), C.sum(axis=2), C.sum(axis=1)  # (B, K)
+    recall = ratio(hit, support, 0.0)
+    precision, f1 = ratio(hit, called, 0.0), ratio(2 * hit, called + support, 0.0)
+    areas = np.stack([auroc(probs[:, k], labels == k, weights) for k in range(K)], axis=1)
+    scored = ~np.isnan(areas)
+    return {
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "class_auroc": areas,
+        "accuracy": ratio(hit.sum(axis=1), support.sum(axis=1), np.nan),
+        "balanced_accuracy": ratio(recall.sum(axis=1), (support > 0).sum(axis=1), np.nan),
+        "macro_precision": precision.mean(axis=1),
+        "macro_recall": recall.mean(axis=1),
+        "macro_f1": f1.mean(axis=1),
+        "auroc": ratio(np.where(scored, areas, 0).sum(axis=1), scored.sum(axis=1), np.nan),
+    }
+
+
+def expected_calibration_error(labels: np.ndarray, probs: np.ndarray) -> float:
+    """How far confidence is from accuracy (1706.04599, Eq. 3): 15 equal bins of the top probability.
+
+    Returns:
+        In [0, 1]; 0 is best. 100 pictures, all called rightly with probability 0.8, score 0.2.
+    """
+    top, right = probs.max(axis=1), probs.argmax(axis=1) == labels  # (N,), (N,) bool
+    which = np.clip(np.ceil(top * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)  # bins (low, high]
+    gaps = np.bincount(which, weights=right - top, minlength=ECE_BINS)  # count * (accuracy - top)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def negative_log_likelihood(labels: np.ndarray, probs: np.ndarray) -> float:
+    """Mean -log p(true class) in nats; 0 is best, log K is a uniform guess."""
+    true = probs[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(true, np.finfo(np.float64).tiny)).mean())
+
+
+def plain(value: float) -> float | None:
+    """A number that JSON can hold: NaN (nothing to score) becomes None."""
+    return None if np.isnan(value) else float(value)
+
+
+def classification_metrics(
+    labels: np.ndarray, probs: np.ndarray, classes: Sequence[str] | None = None
+) -> dict:
+    """Every metric of one set of predictions; the definitions stand at the top of this file.
+
+    Args:
+        labels: (N,) int64 in [0, K), N >= 1.
+        probs: (N, K) float, rows sum to 1.
+        classes: K names for `per_class`; None = "0", "1", ...
+
+    Returns:
+        n, accuracy, balanced_accuracy, macro_precision, macro_recall, macro_f1, auroc, ece, nll;
+        per_class {name: precision, recall, f1, auroc, support}; confusion_matrix (rows = truth).
+        None stands for what cannot be scored, such as the AUROC where one class alone is present.
+
+    Raises:
+        ValueError: shapes do not fit, a row is no distribution, or a label is outside [0, K).
+
+    A uniform guess over K classes has accuracy near 1 / K, AUROC 0.5 and NLL log K.
+    """
+    labels, probs = np.asarray(labels, np.int64), np.asarray(probs, np.float64)
+    fits = probs.ndim == 2 and labels.shape == probs.shape[:1] and len(labels) > 0
+    if not fits or not np.allclose(probs.sum(axis=1), 1, atol=1e-3) or probs.min() < 0:
+        raise ValueError(
+            f"expected labels (N,) and probabilities (N, K) whose rows sum to 1, got "
+            f"{labels.shape} and {probs.shape}"
+        )
+    K = probs.shape[1]
+    matrix = confusion_matrix(labels, probs.argmax(axis=1), K)
+    values = {
+        k: v[0] for k, v in weighted_metrics(labels, probs, np.ones((1, len(labels)))).items()
+    }
+    names = [str(k) for k in range(K)] if classes is None else classes
+    per_class = {
+        name: {
+            "precision": float(values["precision"][k]),
+            "recall": float(values["recall"][k]),
+            "f1": float(values["f1"][k]),
+            "auroc": plain(values["class_auroc"][k]),
+            "support": int(matrix[k].sum()),
+        }
+        for k, name in enumerate(names)
+    }
+    overall = (
+        "accuracy",
+        "balanced_accuracy",
+        "macro_precision",
+        "macro_recall",
+        "macro_f1",
+        "auroc",
+    )
+    return {
+        "n": len(labels),
+        **{name: plain(values[name]) for name in overall},
+        "ece": expected_calibration_error(labels, probs),
+        "nll": negative_log_likelihood(labels, probs),
+        "per_class": per_class,
+        "confusion_matrix": matrix.tolist(),
+    }
+
+
+def group_bootstrap(
+    labels: np.ndarray, probs: np.ndarray, groups: np.ndarray, seed: int = 0
+) -> dict[str, list[float] | None]:
+    """95 % percentile intervals from resampling whole groups (Efron 1979; Field and Welsh 2007).
+
+    Each of 2,000 resamples draws G groups with replacement; a picture counts as often as its group
+    was drawn. A resample in which a metric cannot be scored is left out of that metric.
+
+    Args:
+        labels, probs: as in `classification_metrics`.
+        groups: (N,) int, what is independent: the patient.
+
+    Returns:
+        {accuracy, balanced_accuracy, macro_f1, auroc: [low, high]}, or None for a metric that
+        cannot be scored, and for all where there is a single group: it has no spread to show.
+    """
+    labels, probs = np.asarray(labels, np.int64), np.asarray(probs, np.float64)
+    _, member = np.unique(groups, return_inverse=True)  # (N,) in [0, G)
+    G = member.max() + 1
+    drawn = np.random.default_rng(seed).multinomial(G, np.full(G, 1 / G), size=RESAMPLES)  # (B, G)
+    block = max(1, 4_000_000 // len(labels))  # resamples at once: 32 MB an array
+    rounds = [
+        weighted_metrics(labels, probs, drawn[i : i + block, member].astype(np.float64))
+        for i in range(0, RESAMPLES, block)
+    ]
+    intervals: dict[str, list[float] | None] = {}
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", "auroc"):
+        values = np.concatenate([r[name] for r in rounds])
+        values = values[~np.isnan(values)]
+        enough = G > 1 and len(values) > 0
+        intervals[name] = np.quantile(values, [0.025, 0.975]).tolist() if enough else None
+    return intervals
+
+
+def classification_report(metrics: dict) -> str:
+    """The table of `classification_metrics`, set as scikit-learn's classification_report sets it."""
+    per_class = metrics["per_class"]
+    width = max(len("weighted avg"), *(len(name) for name in per_class))
+    columns = ("precision", "recall", "f1")
+    lines = [" " * width + " precision    recall  f1-score   support".rjust(41), ""]
+
+    def line(name: str, values: Sequence[float], support: int) -> str:
+        return f"{name:>{width}} " + "".join(f"{v:10.2f}" for v in values) + f"{support:10d}"
+
+    for name, row in per_class.items():
+        lines.append(line(name, [row[c] for c in columns], row["support"]))
+    n, rows = metrics["n"], per_class.values()
+    lines += ["", f"{'accuracy':>{width}} {'':20}{metrics['accuracy']:10.2f}{n:10d}"]
+    macro = [metrics[f"macro_{c}"] for c in columns]
+    weighted = [sum(row[c] * row["support"] for row in rows) / n for c in columns]
+    lines += [line("macro avg", macro, n), line("weighted avg", weighted, n)]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures, drawn with Pillow
+# ---------------------------------------------------------------------------------------------
+
+INK, MUTED, GRID, PAPER = (31, 41, 55), (107, 114, 128), (229, 231, 235), (255, 255, 255)
+LINES = ((37, 99, 235), (234, 88, 12), (5, 150, 105), (147, 51, 234))  # told apart in gray, too
+SCALE = 2  # everything is drawn at twice the size, for screens that show it
+
+
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's built-in typeface, so that no font has to be found on the machine."""
+    return ImageFont.load_default(size=size * SCALE)
+
+
+def page(
+    width: int, height: int, title: str, caption: str
+) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """A white page with a title at the top and, where there is one, a caption at the bottom."""
+    image = Image.new("RGB", (width * SCALE, height * SCALE), PAPER)
+    draw = ImageDraw.Draw(image)
+    write(draw, (20, 14), title, 15)
+    write(draw, (20, height - 24), caption, 11, (185, 28, 28))
+    return image, draw
+
+
+def write(
+    draw: ImageDraw.ImageDraw,
+    at: tuple[float, float],
+    text: str,
+    size: int,
+    color: tuple[int, int, int] = INK,
+    anchor: str = "la",
+) -> None:
+    """Set a line of text; `at` in page units, `anchor` as Pillow's (l/m/r and a/m/s)."""
+    draw.text((at[0] * SCALE, at[1] * SCALE), text, color, font(size), anchor)
+
+
+def confusion_picture(
+    matrix: Sequence[Sequence[int]], classes: Sequence[str], title: str, caption: str = ""
+) -> Image.Image:
+    """Draw a confusion matrix: counts, and each row's shares as the depth of the blue.
+
+    Args:
+        matrix: (K, K), rows = true class.
+        caption: a warning printed in red below, such as that the result is leaked.
+    """
+    counts = np.asarray(matrix)
+    shares = ratio(counts, counts.sum(axis=1, keepdims=True), 0.0)  # (K, K), rows sum to 1
+    K, cell = len(classes), 76
+    names = [name if len(name) <= 14 else name[:13] + "…" for name in classes]
+    left, top = 140, 84
+    image, draw = page(left + K * cell + 30, top + K * cell + 60, title, caption)
+    write(draw, (left + K * cell / 2, top - 28), "predicted", 12, MUTED, "mm")
+    write(draw, (20, top - 28), "true class", 12, MUTED, "lm")
+    for t in range(K):
+        write(draw, (left - 10, top + (t + 0.5) * cell), names[t], 12, INK, "rm")
+        write(draw, (left + (t + 0.5) * cell, top - 10), names[t], 10, INK, "mm")
+        for p in range(K):
+            depth = shares[t, p] ** 0.7
+            blue = tuple(round(255 + (c - 255) * depth) for c in (30, 64, 175))
+            x, y = left + p * cell, top + t * cell
+            box = (x * SCALE, y * SCALE, (x + cell - 2) * SCALE, (y + cell - 2) * SCALE)
+            draw.rectangle(box, fill=blue, outline=GRID)
+            ink = PAPER if depth > 0.55 else INK
+            write(draw, (x + cell / 2 - 1, y + cell / 2 - 8), str(counts[t, p]), 16, ink, "mm")
+            write(draw, (x + cell / 2 - 1, y + cell / 2 + 13), f"{shares[t, p]:.0%}", 10, ink, "mm")
+    return image
+
+
+def ticks(low: float, high: float) -> np.ndarray:
+    """About five round numbers (1, 2 or 5 times a power of ten) from below `low` to above `high`."""
+    span = max(high - low, 1e-9)
+    rough = span / 4
+    power = 10.0 ** np.floor(np.log10(rough))
+    step = power * min((1, 2, 5, 10), key=lambda s: abs(np.log(s * power / rough)))
+    first, last = np.floor(low / step + 1e-9), np.ceil(high / step - 1e-9)
+    return np.arange(first, last + 1) * step
+
+
+def curve_picture(
+    panels: dict[str, dict[str, Sequence[float]]], title: str, caption: str = ""
+) -> Image.Image:
+    """Draw values over epochs, a panel for each quantity, a line for each series in it.
+
+    Args:
+        panels: {quantity: {series: one value an epoch}}.
+    """
+    wide, high = 300, 200
+    image, draw = page(70 + len(panels) * (wide + 60), high + 130, title, caption)
+    for i, (quantity, series) in enumerate(panels.items()):
+        left, top = 60 + i * (wide + 60), 70
+        values = np.array([v for line in series.values() for v in line])
+        marks = ticks(values.min(), values.max()) if len(values) else np.array([0.0, 1.0])
+        low, rise = marks[0], max(marks[-1] - marks[0], 1e-9)
+        epochs = max([len(line) for line in series.values()], default=1)
+        write(draw, (left, top - 26), quantity, 12, MUTED)
+        for mark in marks:
+            y = top + high * (1 - (mark - low) / rise)
+            draw.line(((left * SCALE, y * SCALE), ((left + wide) * SCALE, y * SCALE)), GRID, SCALE)
+            write(draw, (left - 6, y), f"{mark:.4g}", 10, MUTED, "rm")
+        for epoch in sorted({1, (epochs + 1) // 2, epochs}):
+            x = left + wide * (epoch - 1) / max(epochs - 1, 1)
+            write(draw, (x, top + high + 12), str(epoch), 10, MUTED, "mm")
+        write(draw, (left + wide / 2, top + high + 28), "epoch", 10, MUTED, "mm")
+        for color, (name, line) in zip(LINES, series.items(), strict=False):
+            x = left + wide * np.arange(len(line)) / max(epochs - 1, 1)
+            y = top + high * (1 - (np.array(line) - low) / rise)
+            points = list(zip((x * SCALE).tolist(), (y * SCALE).tolist(), strict=True))
+            if len(points) > 1:
+                draw.line(points, color, 2 * SCALE, joint="curve")
+            for px, py in points if len(points) == 1 else []:
+                draw.ellipse((px - 6, py - 6, px + 6, py + 6), fill=color)
+        if len(series) > 1:
+            x = left + wide
+            for color, name in reversed(list(zip(LINES, series, strict=False))):
+                write(draw, (x, top - 26), name, 11, color, "ra")
+                x -= 12 + draw.textlength(name, font(11)) / SCALE
+    return image

@@ -1,0 +1,155 @@
+"""Train a classifier on what the encoder has learnt: the probe, a small head on a frozen encoder.
+
+The question a probe asks is how much of a diagnosis can be read off the representation h when the
+encoder may not change. So the encoder sees each picture once, in eval mode, and only a small head
+is trained on those features; seconds, not hours, and few labels are enough. The head is a cosine
+classifier: it compares directions, so a class cannot win by having longer weights, which helps
+where classes are unequal in size.
+
+    m = two times: Linear -> BatchNorm -> ReLU -> Dropout                  (N, E) -> (N, 128)
+    logits_k = s * cos(m, w_k),   s learnable, from 10        (Gidaris and Komodakis, 1804.09458, §3.2)
+
+Shape letters: N pictures in a batch · E encoder features · K classes. Here also n pictures in all.
+
+Next: gradcam.py, once it is there; until then main.py
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import simclr
+
+
+class CosineMLP(nn.Module):
+    """The probe's head: a two-layer MLP, then the cosine to one learnt direction for each class.
+
+    With E = 512, 3 classes and the default widths it has 329,985 parameters.
+
+    Args:
+        in_features: E.
+        num_classes: K.
+        hidden_dims: widths of the two hidden layers.
+        dropout: chance that a hidden unit is silenced in training; raise it when labels are few.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        hidden_dims: tuple[int, ...] = (512, 128),
+        dropout: float = 0.3,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in hidden_dims:
+            layers += [nn.Linear(in_features, width), nn.BatchNorm1d(width), nn.ReLU()]
+            layers += [nn.Dropout(dropout)]
+            in_features = width
+        self.mlp = nn.Sequential(*layers)
+        self.class_weights = nn.Parameter(torch.empty(num_classes, in_features))  # (K, 128)
+        self.scale = nn.Parameter(torch.tensor(10.0))  # s: cosines alone are too flat a softmax
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+        nn.init.kaiming_normal_(self.class_weights)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Features (N, E) float -> logits (N, K) in [-s, s]."""
+        m = F.normalize(self.mlp(h), dim=1)  # (N, 128), unit rows
+        w = F.normalize(self.class_weights, dim=1)  # (K, 128), unit rows
+        return self.scale * m @ w.T  # (N, K)
+
+
+@dataclass(frozen=True)
+class Probing:
+    """The settings of a probe; the defaults are the published values."""
+
+    epochs: int = 150
+    batch_size: int = 256
+    lr: float = 5e-4
+    weight_decay: float = 1e-3
+    seed: int = 0
+
+
+def milestone_lr(epoch: int, epochs: int, lr: float) -> float:
+    """The rate in epoch 1, ..., epochs: a tenth after 60 % of them, a hundredth after 80 %.
+
+    >>> [milestone_lr(e, 10, 1.0) for e in (1, 6, 7, 8, 9, 10)]
+    [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
+    """
+    passed = ((epoch - 1) * 10 >= epochs * 6) + ((epoch - 1) * 10 >= epochs * 8)
+    return lr / 10**passed
+
+
+def train_probe(
+    head: nn.Module,
+    train: tuple[Tensor, Tensor],
+    val: tuple[Tensor, Tensor],
+    settings: Probing,
+) -> Iterator[dict[str, float]]:
+    """Train a head on features computed once; it ends with the weights of its best epoch.
+
+    Best means: highest validation accuracy, then lowest validation loss, then earliest. Without
+    validation pictures the last epoch counts. The test part has no way in here.
+
+    Args:
+        head: maps (N, E) to (N, K); changed in place, left in eval mode.
+        train, val: (features (n, E) float32, labels (n,) int64), on the head's device.
+
+    Yields:
+        After each epoch: epoch, train_loss (nats), val_loss, val_accuracy (None without val), lr.
+    """
+    (features, labels), n = train, len(train[0])
+    optimizer = simclr.adamw(head, lr=settings.lr, weight_decay=settings.weight_decay)
+    best: tuple[float, float] | None = None
+    best_weights = copy.deepcopy(head.state_dict())
+    for epoch in range(1, settings.epochs + 1):
+        lr = milestone_lr(epoch, settings.epochs, settings.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        head.train()
+        order = torch.randperm(n, generator=data.generator_for(settings.seed, epoch, 0))
+        # Even batches, not a small last one: batch norm needs at least two rows.
+        batches = order.tensor_split(-(-n // settings.batch_size))
+        total = torch.zeros((), device=features.device)
+        for step, rows in enumerate(batches, start=1):
+            rows = rows.to(features.device)
+            torch.manual_seed(data.seed_from(settings.seed, epoch, step))  # dropout's only source
+            loss = F.cross_entropy(head(features[rows]), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(rows)
+        record = {"epoch": epoch, "train_loss": float(total) / n, "lr": lr}
+        record["val_loss"], record["val_accuracy"] = score(head, *val)
+        rank = (record["val_accuracy"] or 0.0, -(record["val_loss"] or 0.0))
+        if best is None or rank > best or not len(val[0]):
+            best, best_weights = rank, copy.deepcopy(head.state_dict())
+        yield record
+    head.load_state_dict(best_weights)
+    head.eval()
+
+
+@torch.no_grad()
+def score(head: nn.Module, features: Tensor, labels: Tensor) -> tuple[float | None, float | None]:
+    """Loss (nats) and accuracy of a head in eval mode; (None, None) without pictures."""
+    if not len(labels):
+        return None, None
+    head.eval()
+    logits = head(features)  # (n, K)
+    accuracy = (logits.argmax(dim=1) == labels).float().mean()
+    return float(F.cross_entropy(logits, labels)), float(accuracy)
+
+
+@torch.no_grad()
+def probabilities(head: nn.Module, features: Tensor) -> Tensor:
+    """Class probabilities of features (n, E): (n, K) float64 on the CPU, rows sum to 1."""
+    head.eval()
+    return head(features).double().softmax(dim=1).cpu()
