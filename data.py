@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -103,47 +104,30 @@ def generator_for(*key: int) -> torch.Generator:
 
 
 class KnownTask(NamedTuple):
-    """What we know about a task beforehand: class order, other spellings, how patients are named."""
+    """What we know of a task beforehand.
 
-    classes: tuple[str, ...]
-    spelling: dict[str, str] = {}
-    patient: str = (
-        ""  # searched in "<class>/<file below it>"; the first capture group is the patient
-    )
+    `patient` is searched in "<class>/<file below it>"; its first capture group is the patient.
+    """
+
+    classes: tuple[str, ...]  # in the order in which they are reported
+    aliases: dict[str, str] = {}
+    patient: str = ""
 
 
 KNOWN_TASKS = {
-    "tumor": KnownTask(
-        ("glioma", "meningioma", "notumor", "pituitary"),
-        {
-            "no": "notumor",
-            "no_tumor": "notumor",
-            "glioma_tumor": "glioma",
-            "meningioma_tumor": "meningioma",
-            "pituitary_tumor": "pituitary",
-        },
-    ),
+    "tumor": KnownTask(("glioma", "meningioma", "notumor", "pituitary"), {"no": "notumor"}),
     # "58 (1).jpg" is slice 1 of patient 58, and the numbers begin anew in each class folder.
-    "stroke": KnownTask(("normal", "stroke"), patient=r"^([^/]+/(?:.*/)?\d+) \(\d+\)\.\w+$"),
-    "alzheimer": KnownTask(
-        ("non", "very_mild", "mild", "moderate"),
-        {
-            f"{stage}{ending}": stage
-            for stage in ("non", "very_mild", "mild", "moderate")
-            for ending in ("_demented", "_dementia")
-        },
-    ),
+    "stroke": KnownTask(("normal", "stroke"), {}, r"^([^/]+/(?:.*/)?\d+) \(\d+\)\.\w+$"),
+    "alzheimer": KnownTask(("non", "very_mild", "mild", "moderate")),
     "parkinson": KnownTask(("normal", "parkinson")),
     "ms": KnownTask(("no-lesion", "lesion"), {"no_lesion": "no-lesion"}),
 }
-
+# What publishers append to a class: glioma_tumor, Mild_Demented, "Very mild Dementia".
+CLASS_ENDING = re.compile(r"_(tumor|demented|dementia)$")
 # Folders (and OASIS file names) that name a person in any source; p0012 is how phantoms are named.
 PATIENT = re.compile(r"(?:^|/)(Patient-\d+|sub-[A-Za-z0-9]+|OAS1_\d+|p\d{4})(?![0-9])")
-PARTS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
+PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+PARTS |= {"val": "val", "valid": "val", "validation": "val"}
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 
@@ -154,14 +138,14 @@ def is_picture(path: str) -> bool:
         return True
     try:
         with open(path, "rb") as file:
-            head = file.read(12)
+            start = file.read(12)
     except OSError:
         return False
-    return head.startswith(MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+    return start.startswith(MAGIC) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
 
 
 def list_pictures(root: Path) -> tuple[list[str], int]:
-    """Every picture below `root`, in a fixed order, and how many other files lie there.
+    """Every picture below `root`, and how many other files lie there.
 
     Returns:
         (paths below root with forward slashes, sorted; the count of other files)
@@ -173,13 +157,10 @@ def list_pictures(root: Path) -> tuple[list[str], int]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = os.path.join(folder, name)
-            if is_picture(path):
-                found.append(Path(path).relative_to(root).as_posix())
-            else:
-                others += 1
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        pictures = [p for name in files if is_picture(p := os.path.join(folder, name))]
+        found += [Path(path).relative_to(root).as_posix() for path in pictures]
+        others += len(files) - len(pictures)
     return sorted(found), others
 
 
@@ -192,94 +173,102 @@ class Source(NamedTuple):
     rows: list[tuple[int, str, str, str]]  # (picture, class, publisher's part or '', "class/file")
 
 
-def find_sources(paths: list[str], root_name: str) -> list[Source]:
-    """Read a tree of folders as tasks and classes (design: two or more sibling folders of pictures).
+Node = dict  # a folder: name -> Node of each folder in it, and '' -> rows of the pictures in it
 
-    A folder whose pictures lie in it directly, or in folders that name patients, is a *leaf*.
-    Leaves that stand side by side are classes, unless a sibling folder holds classes of its own.
-    Folders called train, val or test (any usual spelling) stand between a source and its classes.
+
+def is_leaf(node: Node) -> bool:
+    """True for a folder whose pictures lie in it directly, or in folders that name patients."""
+    return all(not name or PATIENT.match(name) and is_leaf(node[name]) for name in node)
+
+
+def rows_below(node: Node) -> list[int]:
+    """Every picture in a folder and below it."""
+    return [r for name in node for r in (rows_below(node[name]) if name else node[""])]
+
+
+def class_folders(node: Node, folder: str) -> list[tuple[str, str, str, Node]]:
+    """The classes that stand side by side in a folder: (folder above, part, name, node) of each.
+
+    Leaves side by side are classes, unless a sibling holds classes of its own. Folders called
+    train, val or test (in any usual spelling) may stand between.
+    """
+    kids = {name: kid for name, kid in node.items() if name}
+    parts = {name: PARTS[name.lower()] for name in kids if name.lower() in PARTS}
+    if not parts:
+        found = (
+            [(folder, "", *kid) for kid in kids.items()] if all(map(is_leaf, kids.values())) else []
+        )
+    else:
+        found = [
+            (f"{folder}/{name}".strip("/"), part, class_, kid)
+            for name, part in parts.items()
+            for class_, kid in kids[name].items()
+            if class_ and is_leaf(kid)
+        ]
+    return found if len({class_ for _, _, class_, _ in found}) >= 2 else []
+
+
+def name_task(folder: str, root_name: str, names: set[str]) -> tuple[str, dict[str, str]]:
+    """The task of the class folders `names` in `folder`, and each one's class.
+
+    Where the names are a known task's classes, in any spelling, they decide; else the topmost
+    folder's name does.
+    """
+    plain = {name: re.sub(r"[ _-]+", "_", name.strip().lower()) for name in names}
+    plain = {name: CLASS_ENDING.sub("", text) for name, text in plain.items()}
+    top = folder.split("/")[0] if folder else root_name
+    spelled = {
+        task: {name: known.aliases.get(text, text) for name, text in plain.items()}
+        for task, known in KNOWN_TASKS.items()
+    }
+    for task, known in KNOWN_TASKS.items():
+        if set(spelled[task].values()) == set(known.classes):
+            return task, spelled[task]
+    return top, spelled.get(top, {name: name for name in names})
+
+
+def find_sources(paths: list[str], root_name: str) -> list[Source]:
+    """Read a tree of folders as tasks and classes.
 
     Args:
-        paths: pictures below the data folder, forward slashes.
+        paths: pictures below the data folder, with forward slashes.
         root_name: the data folder's own name, for a task that is the data folder itself.
 
     Returns:
-        Sources; a picture in none of them is unlabelled.
+        The sources; a picture in none of them is unlabelled.
     """
-    tree: dict = {}
+    tree: Node = {}
     for row, path in enumerate(paths):
         node = tree
         for name in path.split("/")[:-1]:
             node = node.setdefault(name, {})
-        node.setdefault("", []).append(row)  # '' cannot be a folder's name
-
-    def leaf(node: dict) -> bool:
-        return all(name == "" or PATIENT.fullmatch(name) and leaf(node[name]) for name in node)
-
-    def rows_below(node: dict) -> list[int]:
-        return [r for name in node for r in (node[name] if name == "" else rows_below(node[name]))]
-
-    sources: list[Source] = []
-
-    def visit(node: dict, folder: str) -> None:
-        kids = {name: kid for name, kid in node.items() if name}
-        parts = {name: PARTS[name.lower()] for name in kids if name.lower() in PARTS}
-        if parts and not all(leaf(kids[name]) for name in parts):
-            labelled = [
-                (f"{folder}/{part}".strip("/"), parts[part], name, kid)
-                for part in parts
-                for name, kid in kids[part].items()
-                if name and leaf(kid)
+        node.setdefault("", []).append(row)
+    sources, todo = [], [("", tree)]
+    while todo:
+        folder, node = todo.pop()
+        found = class_folders(node, folder)
+        if not found:
+            todo += [
+                (f"{folder}/{n}".strip("/"), kid)
+                for n, kid in node.items()
+                if n and not is_leaf(kid)
             ]
-        elif not parts and all(leaf(kid) for kid in kids.values()):
-            labelled = [(folder, "", name, kid) for name, kid in kids.items()]
-        else:
-            labelled = []
-        if len({name for _, _, name, _ in labelled}) >= 2:
-            task, spell = _name_task(folder, root_name, {name for _, _, name, _ in labelled})
-            rows = []
-            for above, part, name, kid in labelled:
-                skip = len(f"{above}/{name}/".lstrip("/"))
-                rows += [
-                    (r, spell[name], part, f"{name}/{paths[r][skip:]}") for r in rows_below(kid)
-                ]
-            found = set(spell.values())
-            order = KNOWN_TASKS[task].classes if task in KNOWN_TASKS else ()
-            classes = [*(c for c in order if c in found), *sorted(found - set(order))]
-            sources.append(Source(folder, task, tuple(classes), rows))
-        else:
-            for name, kid in kids.items():
-                if not leaf(kid):
-                    visit(kid, f"{folder}/{name}".strip("/"))
-
-    visit(tree, "")
+            continue
+        task, spelling = name_task(folder, root_name, {name for _, _, name, _ in found})
+        rows = [
+            (row, spelling[name], part, paths[row][len(above) + 1 if above else 0 :])
+            for above, part, name, kid in found
+            for row in rows_below(kid)
+        ]
+        classes = set(spelling.values())
+        known = [c for c in KNOWN_TASKS.get(task, KnownTask(())).classes if c in classes]
+        sources.append(Source(folder, task, (*known, *sorted(classes - set(known))), rows))
     # Sources pool when their classes are the same; else each is a task named by its own folder.
-    for i, source in enumerate(sources):
-        rivals = {s.classes for s in sources if s.task == source.task}
-        own = source.folder.split("/")[-1] or root_name
-        if (
-            len(rivals) > 1
-            and source.classes != KNOWN_TASKS.get(source.task, KnownTask(())).classes
-        ):
-            sources[i] = source._replace(task=own)
-    return sources
-
-
-def _name_task(folder: str, root_name: str, names: set[str]) -> tuple[str, dict[str, str]]:
-    """The task of class folders `names` below `folder`, and each folder's class in it.
-
-    Class names that are a known task's decide; else the topmost folder's name does.
-    """
-    plain = {name: re.sub(r"[ _-]+", "_", name.strip().lower()) for name in names}
-    top = folder.split("/")[0] if folder else root_name
-    by_task = {
-        task: {name: known.spelling.get(plain[name], plain[name]) for name in names}
-        for task, known in KNOWN_TASKS.items()
+    clash = {
+        s.task for s in sources for t in sources if s.task == t.task and s.classes != t.classes
     }
-    for task, spelled in by_task.items():
-        if set(spelled.values()) == set(KNOWN_TASKS[task].classes):
-            return task, spelled
-    return top, by_task.get(top.lower(), {name: name for name in names})
+    own = [s.folder.split("/")[-1] if s.task in clash and s.folder else s.task for s in sources]
+    return [s._replace(task=name) for s, name in zip(sources, own, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -345,60 +334,61 @@ class Pictures:
     unreadable: dict[int, str]  # row -> why; its row of the arrays is black
 
 
+def decode_one(read: Callable[[str], np.ndarray], path: str, square: np.ndarray) -> tuple:
+    """Read one picture into `square` (S, S) uint8, in place.
+
+    Returns:
+        (thumbnail (32, 32) uint8, first 16 bytes of the SHA-256 of its gray pixels, '' or an error)
+    """
+    try:
+        gray = read(path)
+        square[:] = fit_square(gray, len(square))
+        digest = hashlib.sha256(np.ascontiguousarray(gray)).digest()[:16]
+        return thumbnail(gray), np.frombuffer(digest, np.uint8), ""
+    except Exception as error:  # a broken file can make PIL raise nearly anything
+        blank = np.zeros((THUMBNAIL, THUMBNAIL), np.uint8), np.zeros(16, np.uint8)
+        return *blank, f"{type(error).__name__}: {error}"
+
+
 def decode(
-    root: Path,
+    name: str,
     paths: list[str],
-    read: Callable[[str], np.ndarray],
     stamps: list[str],
+    read: Callable[[str], np.ndarray],
     image_size: int,
     cache: Path,
     progress: Callable[..., Iterable],
 ) -> Pictures:
-    """Decode `paths` in parallel into one array in the cache folder, or map the array that is there.
+    """Decode `paths` in parallel into one array in the cache folder, or map the one that is there.
 
-    The name of the array holds a digest of every path, size and time of change, so a folder that
-    changed misses the cache. The index is written last: where it stands, the array is whole.
+    The array's name holds a digest of every path and stamp, so a folder that changed misses the
+    cache. The index is written last: where it stands, the array is whole.
 
     Args:
-        root: the data folder; a digest of its name keeps the caches of two folders apart.
+        name: tells the caches of two data folders apart.
+        stamps: for each picture a text that changes when the file does.
         read: path -> (H, W) uint8 gray.
-        stamps: per picture, a text that changes when the file does.
         progress: wraps an iterable and shows how far it is, as tqdm does.
     """
-    place = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:12]
+    place = f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}-{image_size}"
     listing = hashlib.sha256("\n".join([*paths, *stamps]).encode("utf8", "surrogateescape"))
-    stem = f"{place}-{image_size}-{listing.hexdigest()[:12]}"
-    array, index = cache / f"{stem}.npy", cache / f"{stem}.npz"
-    n = len(paths)
+    array = cache / f"{place}-{listing.hexdigest()[:12]}.npy"
+    index, shape = array.with_suffix(".npz"), (len(paths), image_size, image_size)
     if not index.exists():
-        thumbnails = np.zeros((n, THUMBNAIL, THUMBNAIL), np.uint8)
-        hashes = np.zeros((n, 16), np.uint8)
-        errors = [""] * n
-
-        def work(row: int, images: np.ndarray) -> None:
-            try:
-                gray = read(paths[row])
-                images[row] = fit_square(gray, image_size)
-                thumbnails[row] = thumbnail(gray)
-                digest = hashlib.sha256(np.ascontiguousarray(gray)).digest()[:16]
-                hashes[row] = np.frombuffer(digest, np.uint8)
-            except Exception as error:  # a broken file can make PIL raise nearly anything
-                errors[row] = f"{type(error).__name__}: {error}"
-
-        for stale in cache.glob(f"{place}-{image_size}-*"):
+        for stale in cache.glob(f"{place}-*"):
             stale.unlink(missing_ok=True)
         with write_atomically(array) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (n, image_size, image_size)}
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            images = np.memmap(file, np.uint8, "r+", file.tell(), (n, image_size, image_size))
+            squares = np.memmap(file, np.uint8, "r+", file.tell(), shape)
             # Threads, not processes: PIL, zlib and hashlib let go of the interpreter lock.
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                jobs = pool.map(lambda row: work(row, images), range(n))
-                for _ in progress(jobs, total=n, desc="decode", unit="picture"):
-                    pass
-            images.flush()
+                jobs = pool.map(partial(decode_one, read), paths, squares)
+                rows = list(progress(jobs, total=len(paths), desc="decode", unit="picture"))
+            squares.flush()
+        thumbnails, hashes, errors = (np.stack(column) for column in zip(*rows, strict=True))
         with write_atomically(index) as file:
-            np.savez(file, thumbnails=thumbnails, hashes=hashes, errors=np.array(errors))
+            np.savez(file, thumbnails=thumbnails, hashes=hashes, errors=errors)
     with np.load(index) as known:
         thumbnails, hashes, errors = known["thumbnails"], known["hashes"], known["errors"]
     unreadable = {int(row): str(errors[row]) for row in np.flatnonzero(errors != "")}
@@ -485,6 +475,18 @@ def near_duplicate_groups(thumbnails: np.ndarray, threshold: float = TWIN_COSINE
     """
     groups = connected(len(thumbnails), twin_pairs(thumbnails, threshold))
     return np.unique(groups, return_inverse=True)[1]
+
+
+def copy_pairs(pictures: Pictures) -> np.ndarray:
+    """(m, 2) int64: each readable picture, and the first one that has exactly the same pixels.
+
+    Twins find nearly all of these; pictures of one colour have no direction and need this.
+    """
+    rows = np.array([r for r in range(len(pictures.paths)) if r not in pictures.unreadable])
+    _, first, same = np.unique(
+        pictures.hashes[rows], axis=0, return_index=True, return_inverse=True
+    )
+    return np.stack([rows[first[same.reshape(-1)]], rows], axis=1)
 
 
 def patient_pairs(paths: list[str], sources: list[Source]) -> np.ndarray:
@@ -930,43 +932,33 @@ def load(
         UserError: no such folder, no pictures in it, or too many that cannot be read.
     """
     if root is None:
-        paths, others = phantom_paths(), 0
-        pictures = decode(
-            Path(f"phantoms-{PHANTOM_VERSION}"), paths, lambda path: draw_phantom(path)[0],
-            [""] * len(paths), image_size, cache, progress,
-        )  # fmt: skip
+        root_name, others = f"phantoms-{PHANTOM_VERSION}", 0
+        paths, read = phantom_paths(), lambda path: draw_phantom(path)[0]
+        stamps = [""] * len(paths)
     else:
         if not root.is_dir():
-            raise UserError(
-                f"{root} is not a folder; --data takes the folder that holds your scans"
-            )
-        paths, others = list_pictures(root)
+            raise UserError(f"{root} is not a folder; --data takes the folder that holds the scans")
+        root_name, (paths, others) = str(root.resolve()), list_pictures(root)
+        stats = [os.stat(root / path) for path in paths]
+        stamps = [f"{s.st_size} {s.st_mtime_ns}" for s in stats]
+        read = lambda path: read_gray(root / path)  # noqa: E731
         if not paths:
             raise UserError(
                 f"no pictures below {root} ({others} other files); expected "
-                f"{root}/<task>/<class>/*.png, or pictures anywhere below it for pretraining alone"
+                f"{root}/<task>/<class>/*.png, or loose pictures for pretraining alone"
             )
-        stats = [os.stat(root / path) for path in paths]
-        pictures = decode(
-            root, paths, lambda path: read_gray(root / path),
-            [f"{s.st_size} {s.st_mtime_ns}" for s in stats], image_size, cache, progress,
-        )  # fmt: skip
+    pictures = decode(root_name, paths, stamps, read, image_size, cache, progress)
     bad = pictures.unreadable
     if len(bad) > MAX_UNREADABLE[0] and len(bad) > MAX_UNREADABLE[1] * len(paths):
         row = min(bad)
         raise UserError(
-            f"{len(bad)} of {len(paths)} pictures below {root} cannot be read, the first {paths[row]} "
-            f"({bad[row]}); replace or remove them"
+            f"{len(bad)} of {len(paths)} pictures below {root} cannot be read, the first is "
+            f"{paths[row]!r} ({bad[row]}); replace or remove them"
         )
-    sources = find_sources(paths, root.resolve().name if root else "phantoms")
+    sources = find_sources(paths, Path(root_name).name)
     twins = twin_pairs(pictures.thumbnails)
-    same = np.unique(pictures.hashes, axis=0, return_inverse=True)[1].reshape(-1)
-    first = np.full(same.max() + 1, -1)
-    first[same[::-1]] = np.arange(len(same))[::-1]
-    copies = np.stack([first[same], np.arange(len(same))], axis=1)
-    copies = copies[~np.isin(np.arange(len(same)), list(bad))]  # unreadable ones all hash to zero
-    joined = np.concatenate([twins, copies, patient_pairs(paths, sources)])
-    groups = np.unique(connected(len(paths), joined), return_inverse=True)[1]
+    joined = [twins, copy_pairs(pictures), patient_pairs(paths, sources)]
+    groups = np.unique(connected(len(paths), np.concatenate(joined)), return_inverse=True)[1]
     tasks = {
         name: make_task(name, [s for s in sources if s.task == name], pictures, groups, twins)
         for name in sorted({s.task for s in sources})

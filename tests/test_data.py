@@ -123,3 +123,423 @@ def test_blur_matches_torchvision_and_zero_leaves_the_picture(tv, pictures):
         theirs = tv.gaussian_blur(pictures[i].float(), [7, 7], [float(sigma[i])])
         assert torch.allclose(ours[i], theirs, atol=1e-6)
     assert torch.equal(ours[3], pictures[3].float())
+
+
+def test_views_depend_on_their_own_numbers_alone():
+    """Drawn for the whole batch and then sliced: chunks and processes see the same views."""
+    images = torch.from_numpy(np.stack([head(s, 32) for s in range(6)]))[:, None]
+    parameters = data.draw_views(6, data.generator_for(0, 1, 2))
+    whole = data.apply_views(images, parameters)
+    sliced = torch.cat(
+        [data.apply_views(images[i : i + 2], parameters.rows(slice(i, i + 2))) for i in (0, 2, 4)]
+    )
+    assert torch.allclose(whole, sliced, atol=1e-6)
+
+
+def test_random_views_are_two_different_normalised_views():
+    images = torch.from_numpy(np.stack([head(s, 32) for s in range(40)]))[:, None]
+    view_a, view_b = data.random_views(images, data.generator_for(0))
+    assert view_a.shape == view_b.shape == (40, 1, 32, 32) and view_a.dtype == torch.float32
+    assert view_a.min() >= -1 and view_a.max() <= 1 and view_a.min() < -0.9
+    assert not torch.allclose(view_a, view_b, atol=0.1)
+    again, _ = data.random_views(images.float() / 255, data.generator_for(0))
+    assert torch.allclose(view_a, again, atol=1e-6)  # bytes and floats are the same picture
+    with pytest.raises(ValueError, match="expected"):
+        data.random_views(images[..., :16], data.generator_for(0))
+
+
+def test_view_numbers_have_the_documented_ranges_and_chances():
+    views = data.draw_views(4000, data.generator_for(1))
+    area = torch.linalg.det(views.matrix).abs()
+    assert 0.15 < area.min() < 0.25 and 0.9 < area.max() < 1.2  # scale of the affine included
+    flipped = (torch.linalg.det(views.matrix) < 0).float().mean()
+    assert abs(flipped - 0.5) < 0.03
+    assert abs((views.sigma > 0).float().mean() - 0.5) < 0.03
+    blurred = views.sigma[views.sigma > 0]
+    assert 0.1 <= blurred.min() < 0.15 and 1.95 < blurred.max() <= 2.0
+    assert abs((views.brightness == 1).float().mean() - 0.2) < 0.03
+    assert 0.6 <= views.contrast.min() < 0.62 and 1.38 < views.contrast.max() <= 1.4
+
+
+def test_seeds_of_neighbouring_steps_are_unrelated():
+    keys = [(s, e, b) for s in range(3) for e in range(3) for b in range(3)]
+    assert len({data.seed_from(*key) for key in keys}) == len(keys)
+    assert torch.equal(
+        torch.rand(3, generator=data.generator_for(1, 2, 3)),
+        torch.rand(3, generator=data.generator_for(1, 2, 3)),
+    )
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "deep" / "file"
+    with data.write_atomically(path) as file:
+        file.write(b"old")
+    with pytest.raises(RuntimeError), data.write_atomically(path) as file:
+        file.write(b"half of the new")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "I", "F", "I;16"])
+def test_every_pil_mode_becomes_the_same_gray_bytes(tmp_path, mode):
+    gray = np.zeros((20, 30), np.uint8)
+    gray[5:15, 10:20] = 255
+    image = Image.fromarray(gray)
+    if mode == "I;16":
+        image = Image.fromarray(gray.astype(np.uint16) * 200)  # 51000: clipping would leave 255
+    elif mode == "F":
+        image = Image.fromarray(gray.astype(np.float32) / 1000)  # tiny: rounding would leave 0
+    elif mode != "L":
+        image = image.convert(mode)
+    path = tmp_path / ("x.tif" if mode in ("F", "I", "CMYK") else "x.png")
+    image.save(path)
+    assert np.abs(data.read_gray(path).astype(int) - gray).max() <= 1
+
+
+def test_what_is_transparent_becomes_black(tmp_path):
+    pixels = np.full((8, 8, 4), 255, np.uint8)
+    pixels[:4, :, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    assert data.read_gray(tmp_path / "x.png").tolist() == [[0] * 8] * 4 + [[255] * 8] * 4
+
+
+def test_squares_keep_the_aspect_ratio_and_are_padded_black():
+    square = data.fit_square(np.full((50, 100), 200, np.uint8), 64)
+    assert square.shape == (64, 64)
+    assert (square[16:48] == 200).all() and not square[:16].any() and not square[48:].any()
+    assert (data.fit_square(np.full((3, 3), 9, np.uint8), 64) == 9).all()
+
+
+def test_unreadable_pictures_are_named_and_left_out_until_they_are_too_many(tmp_path):
+    root = tmp_path / "scans"
+    for i in range(6):
+        save(root / "a" / f"{i}.png", head(i))
+    (root / "a" / "broken.png").write_bytes(b"\x89PNG, but no more")
+    (root / "a" / "README").write_text("not a picture")
+    collection = read(root, tmp_path)
+    row = collection.pictures.paths.index("a/broken.png")
+    assert list(collection.pictures.unreadable) == [row]
+    assert collection.other_files == 1
+    assert row not in collection.pretraining_rows() and len(collection.pretraining_rows()) == 6
+    for i in range(6):
+        (root / "a" / f"broken{i}.png").write_bytes(b"")
+    with pytest.raises(data.UserError, match="7 of 13 pictures"):
+        read(root, tmp_path)
+
+
+def test_the_cache_is_used_again_and_rebuilt_when_a_file_changes(tmp_path, monkeypatch):
+    root = tmp_path / "scans"
+    for i in range(3):
+        save(root / f"{i}.png", head(i))
+    first = read(root, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "read_gray", lambda path: pytest.fail("decoded again"))
+        assert np.array_equal(read(root, tmp_path).pictures.images, first.pictures.images)
+    save(root / "1.png", head(9, 80))
+    second = read(root, tmp_path).pictures
+    assert np.array_equal(second.images[0], first.pictures.images[0])
+    assert not np.array_equal(second.images[1], first.pictures.images[1])
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # the stale pair is gone
+
+
+def test_pixel_hash_is_sha256_of_the_gray_pixels(tmp_path):
+    root = tmp_path / "scans"
+    save(root / "a.png", head(0))
+    expected = hashlib.sha256(head(0).tobytes()).digest()[:16]
+    assert read(root, tmp_path).pictures.hashes[0].tobytes() == expected
+
+
+# --- folders, tasks and classes ----------------------------------------------------------------
+
+
+def tasks_of(*paths: str, root_name: str = "scans") -> dict[str, tuple[str, ...]]:
+    return {s.task: s.classes for s in data.find_sources(list(paths), root_name)}
+
+
+def test_class_folders_below_a_task_folder_and_below_the_data_folder_itself():
+    assert tasks_of("tumor/no/1.png", "tumor/glioma_tumor/1.png") == {
+        "tumor": ("glioma", "notumor")
+    }
+    assert tasks_of("sick/1.png", "well/1.png") == {"scans": ("sick", "well")}
+    assert tasks_of("Normal/1.png", "Stroke/1.png") == {"stroke": ("normal", "stroke")}
+
+
+def test_known_classes_have_their_spelling_and_their_order():
+    folders = ("Mild Dementia", "Moderate Dementia", "Non Demented", "Very mild Dementia")
+    paths = [f"oasis/Data/{folder}/1.jpg" for folder in folders]
+    assert tasks_of(*paths) == {"alzheimer": ("non", "very_mild", "mild", "moderate")}
+
+
+def test_publishers_parts_stand_between_task_and_class():
+    paths = [f"tumor/{p}/{c}/1.jpg" for p in ("Training", "Testing") for c in ("glioma", "notumor")]
+    (source,) = data.find_sources(paths, "scans")
+    assert source.classes == ("glioma", "notumor")
+    assert {(name, part) for _, name, part, _ in source.rows} == {
+        (c, p) for c in ("glioma", "notumor") for p in ("train", "test")
+    }
+
+
+def test_single_folders_and_loose_pictures_are_unlabelled():
+    assert tasks_of("1.png", "2.png") == {}
+    assert tasks_of("anything/1.png") == {}
+    assert tasks_of("stroke/normal/1.png", "stroke/stroke/1.png", "more/1.png", "2.png") == {
+        "stroke": ("normal", "stroke")
+    }
+    assert tasks_of("a/sub-01/1.png", "a/sub-02/1.png") == {}  # patients are no classes
+
+
+def test_sources_pool_when_their_classes_are_the_same_and_else_stay_apart():
+    same = [f"tumor/{s}/{c}/1.png" for s in ("x", "y") for c in data.KNOWN_TASKS["tumor"].classes]
+    assert len(data.find_sources(same, "scans")) == 2 and set(tasks_of(*same)) == {"tumor"}
+    other = [f"tumor/{s}/1.png" for s in ("x/a", "x/b", "y/c", "y/d")]
+    assert tasks_of(*other) == {"x": ("a", "b"), "y": ("c", "d")}
+
+
+# --- groups ------------------------------------------------------------------------------------
+
+
+def thumbnails(*pictures: np.ndarray) -> np.ndarray:
+    return np.stack([data.thumbnail(p) for p in pictures])
+
+
+def test_copies_that_were_scaled_compressed_brightened_or_mirrored_are_one_group(tmp_path):
+    original = head(0)
+    Image.fromarray(original).save(tmp_path / "x.jpg", quality=60)
+    small = np.asarray(Image.fromarray(original).resize((50, 50)))
+    bright = (original * 0.8 + 30).astype(np.uint8)
+    copies = [data.read_gray(tmp_path / "x.jpg"), small, bright, original[:, ::-1]]
+    groups = data.near_duplicate_groups(thumbnails(original, *copies, head(1), head(2)))
+    assert groups.dtype == np.int64
+    assert groups.tolist() == [0, 0, 0, 0, 0, 1, 2]
+
+
+def test_twin_pairs_match_a_double_loop():
+    """The even-odd trick and the blocks against cosines computed one by one."""
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 256, (6, 32, 32))
+    noisy = [base[i % 6] + rng.normal(0, 2 * i, (32, 32)) for i in range(24)]
+    pictures = np.clip(np.stack(noisy), 0, 255).astype(np.uint8)
+    pictures[::5] = pictures[::5, :, ::-1]
+    pictures[7] = 128  # of one colour: nobody's twin
+
+    def unit(x: np.ndarray) -> np.ndarray:
+        x = x - x.mean()
+        return x / max(np.linalg.norm(x), 1e-9)
+
+    slow = set()
+    for i in range(24):
+        for j in range(i + 1, 24):
+            a, b = unit(pictures[i].astype(float)), unit(pictures[j].astype(float))
+            if max((a * b).sum(), (a * b[:, ::-1]).sum()) >= 0.9:
+                slow.add((i, j))
+    assert 10 < len(slow) < 100
+    for block in (5, 2048):
+        assert set(map(tuple, data.twin_pairs(pictures, 0.9, block).tolist())) == slow
+
+
+def test_groups_are_single_linkage():
+    pairs = np.array([[0, 1], [3, 4], [1, 2], [4, 6], [9, 0]])
+    assert data.connected(10, pairs).tolist() == [0, 0, 0, 3, 3, 5, 3, 7, 8, 0]
+    chain = np.stack([np.arange(999), np.arange(1, 1000)], 1)
+    shuffled = np.random.default_rng(0).permutation(1000)[chain]
+    assert not data.connected(1000, shuffled).any()
+    assert data.connected(3, np.zeros((0, 2), np.int64)).tolist() == [0, 1, 2]
+
+
+def test_patients_are_known_by_file_name_and_by_folder_within_their_source(tmp_path):
+    root, n = tmp_path / "scans", 0
+    for path in (
+        *("stroke/Normal/7 (1).png", "stroke/Normal/7 (2).png", "stroke/Stroke/7 (1).png"),
+        *("ms/no-lesion/Patient-7/1.png", "ms/lesion/Patient-7/2.png", "ms/lesion/Patient-8/1.png"),
+        *("alzheimer/a/OAS1_0028_MR1_1.png", "alzheimer/b/OAS1_0028_MR2_1.png"),
+        *("more/sub-01/1.png", "more/sub-01/2.png", "else/sub-01/1.png"),
+    ):
+        save(root / path, head(n := n + 1))
+    collection = read(root, tmp_path)
+    group = dict(zip(collection.pictures.paths, collection.groups.tolist(), strict=True))
+    assert group["stroke/Normal/7 (1).png"] == group["stroke/Normal/7 (2).png"]
+    assert group["stroke/Normal/7 (1).png"] != group["stroke/Stroke/7 (1).png"]
+    assert group["ms/no-lesion/Patient-7/1.png"] == group["ms/lesion/Patient-7/2.png"]
+    assert group["ms/lesion/Patient-7/2.png"] != group["ms/lesion/Patient-8/1.png"]
+    assert group["alzheimer/a/OAS1_0028_MR1_1.png"] == group["alzheimer/b/OAS1_0028_MR2_1.png"]
+    assert group["more/sub-01/1.png"] == group["more/sub-01/2.png"]
+    assert group["more/sub-01/1.png"] != group["else/sub-01/1.png"]
+
+
+# --- splits ------------------------------------------------------------------------------------
+
+
+def plant(root: Path, patients: int = 20, slices: int = 2) -> None:
+    """Two classes; slices of a patient are near-twins, each second one mirrored."""
+    for k, class_ in enumerate(("sick", "well")):
+        for patient in range(patients):
+            picture = head(1000 * k + patient)
+            for i in range(slices):
+                copy = picture[:, ::-1] if i % 2 else picture
+                save(root / "mine" / class_ / f"{patient:02d}_{i}.png", copy)
+
+
+def test_no_group_is_in_two_splits(tmp_path):
+    plant(tmp_path / "scans")
+    task = read(tmp_path / "scans", tmp_path).task("mine")
+    for group in np.unique(task.groups):
+        assert len(set(task.split[task.groups == group])) == 1
+    assert len(np.unique(task.groups)) == 40
+    for label in (0, 1):  # 70 / 15 / 15 of the 20 groups of each class
+        counts = {p: int((task.split[task.labels == label] == p).sum()) for p in set(task.split)}
+        assert counts == {"train": 28, "val": 6, "test": 6}
+
+
+def test_the_split_is_a_function_of_the_pixels_alone(tmp_path):
+    """Other names, another order, another folder, another image size: the same split."""
+    plant(tmp_path / "scans")
+    first = read(tmp_path / "scans", tmp_path)
+    renamed = tmp_path / "renamed"
+    for path in first.pictures.paths:
+        task, class_, name = path.split("/")
+        target = renamed / task / class_ / f"{hashlib.md5(name.encode()).hexdigest()}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((tmp_path / "scans" / path).read_bytes())
+    second = read(renamed, tmp_path, image_size=48)
+
+    def by_hash(collection: data.Collection) -> dict[bytes, str]:
+        task = collection.task("mine")
+        hashes = collection.pictures.hashes[task.rows]
+        return {h.tobytes(): s for h, s in zip(hashes, task.split, strict=True)}
+
+    assert by_hash(first) == by_hash(second)
+
+
+def publish(root: Path) -> None:
+    """A publisher's Training and Testing with three leaks between them."""
+    for k, class_ in enumerate(("a", "b")):
+        for i in range(20):
+            save(root / f"t/Training/{class_}/{i}.png", head(100 * k + i))
+        for i in range(5):
+            save(root / f"t/Testing/{class_}/{i}.png", head(500 + 100 * k + i))
+    save(root / "t/Training/a/copy.png", head(500))
+    save(root / "t/Training/a/mirror.png", head(501)[:, ::-1])
+    save(root / "t/Training/a/small.png", np.asarray(Image.fromarray(head(502)).resize((64, 64))))
+
+
+def test_publishers_test_part_stays_and_its_twins_are_dropped_from_training(tmp_path):
+    publish(tmp_path / "scans")
+    collection = read(tmp_path / "scans", tmp_path)
+    task = collection.task("t")
+    split = split_of(task, collection)
+    for path, part in split.items():
+        assert ("Testing" in path) == (part == "test")
+    dropped = {path for path, part in split.items() if part == "dropped"}
+    assert dropped == {f"t/Training/a/{name}.png" for name in ("copy", "mirror", "small")}
+    assert task.notes["dropped_for_a_group_in_test_or_val"] == 3
+    assert set(task.notes["dropped_paths"]) == dropped
+    assert sum(part == "val" for part in split.values()) == 6  # 15 % of the 20 groups of each class
+    assert not dropped & {collection.pictures.paths[r] for r in collection.pretraining_rows()}
+
+
+def test_twins_with_different_labels_are_dropped_and_counted(tmp_path):
+    root = tmp_path / "scans"
+    plant(root, slices=1)
+    save(root / "mine/sick/odd.png", head(5))
+    save(root / "mine/well/odd.png", head(5)[:, ::-1])  # also twins of sick/05_0
+    task = read(root, tmp_path).task("mine")
+    assert task.notes["dropped_for_a_twin_with_another_label"] == 3
+    assert len(task.notes["dropped_paths"]) == 3
+
+
+def test_pretraining_never_sees_a_held_out_group_of_any_task(tmp_path):
+    """The same head stands in a task's test part, in another task, and among loose pictures."""
+    root = tmp_path / "scans"
+    plant(root)
+    collection = read(root, tmp_path)
+    task = collection.task("mine")
+    test_path = collection.pictures.paths[task.part("test")[0][0]]
+    picture = data.read_gray(root / test_path)
+    save(root / "loose" / "leak.png", picture[:, ::-1])
+    save(root / "other" / "x" / "leak.png", picture)
+    for i in range(6):
+        save(root / "other" / "x" / f"{i}.png", head(50 + i))
+        save(root / "other" / "y" / f"{i}.png", head(60 + i))
+    collection = read(root, tmp_path)
+    pretraining = set(collection.pretraining_rows().tolist())
+    held = set()
+    for task in collection.tasks.values():
+        held |= set(task.groups[np.isin(task.split, ("val", "test"))].tolist())
+    assert held
+    assert all(collection.groups[row] not in held for row in pretraining)
+    names = {collection.pictures.paths[row] for row in pretraining}
+    assert "loose/leak.png" not in names and "other/x/leak.png" not in names
+
+
+def test_each_class_gives_a_group_to_train_then_test_then_val():
+    got = [data.allot(n, 0.15, 0.15) for n in (1, 2, 3, 4, 20, 100)]
+    assert got == [(0, 0), (1, 0), (1, 1), (1, 1), (3, 3), (15, 15)]
+    assert [data.allot(n, 0.0, 0.15) for n in (1, 2, 20)] == [(0, 0), (0, 1), (0, 3)]
+
+
+def test_a_class_of_one_patient_is_an_error_not_a_split_by_picture(tmp_path):
+    root = tmp_path / "scans"
+    for i in range(8):
+        save(root / "mine/sick/sub-01" / f"{i}.png", head(i))
+        save(root / "mine/well" / f"sub-{i}" / "1.png", head(20 + i))
+    with pytest.raises(data.UserError, match="'sick' of task mine has 1 group"):
+        read(root, tmp_path).task("mine")
+
+
+def test_missing_and_empty_folders_and_unknown_tasks_are_one_clear_line(tmp_path):
+    with pytest.raises(data.UserError, match="not a folder"):
+        read(tmp_path / "nowhere", tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(data.UserError, match="no pictures below"):
+        read(tmp_path / "empty", tmp_path)
+    plant(tmp_path / "scans", patients=3)
+    with pytest.raises(data.UserError, match="found: mine; known: tumor"):
+        read(tmp_path / "scans", tmp_path).task("tumor")
+
+
+# --- phantoms ----------------------------------------------------------------------------------
+
+
+def test_phantoms_are_repeatable_and_differ_between_patients():
+    paths = data.phantom_paths()
+    assert "tumor/glioma/p0012/2" in paths and len(set(paths)) == len(paths)
+    image, _ = data.draw_phantom("tumor/glioma/p0012/2")
+    assert image.shape == (128, 128) and image.dtype == np.uint8
+    assert np.array_equal(image, data.draw_phantom("tumor/glioma/p0012/2")[0])
+    same = [data.draw_phantom(f"tumor/glioma/p0012/{i}")[0] for i in range(3)]
+    others = [data.draw_phantom(f"tumor/glioma/p00{i}/0")[0] for i in range(20, 40)]
+    groups = data.near_duplicate_groups(thumbnails(*same, *others))
+    assert len(set(groups[3:])) == len(others)  # no two patients are twins
+
+
+def test_lesions_lie_inside_the_head_and_only_where_there_is_disease():
+    for task, known in data.KNOWN_TASKS.items():
+        healthy = {"tumor": "notumor"}.get(task, known.classes[0])
+        for class_ in known.classes:
+            for patient in range(4):
+                image, lesion = data.draw_phantom(f"{task}/{class_}/p{patient:04d}/1")
+                assert lesion.any() == (class_ != healthy)
+                assert lesion.mean() < 0.2
+                if lesion.any():
+                    assert image[lesion].mean() > 20  # tissue, not air
+
+
+def test_tumours_grow_where_their_kind_does():
+    """Pituitary near the middle, meningioma far out, glioma between."""
+
+    def distance(class_: str) -> float:
+        found = []
+        for patient in range(12):
+            image, lesion = data.draw_phantom(f"tumor/{class_}/p{patient:04d}/1")
+            inside = np.argwhere(image > 60).mean(axis=0)
+            found.append(np.linalg.norm(np.argwhere(lesion).mean(axis=0) - inside))
+        return float(np.mean(found))
+
+    assert distance("pituitary") + 5 < distance("glioma") < distance("meningioma") - 5

@@ -1,0 +1,198 @@
+"""evaluate.py: every metric against its definition, counted slowly, and against closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+
+
+def random_predictions(N: int = 60, K: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, and probabilities with many ties (rounded to a tenth before they are normalised)."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, K, N)
+    scores = np.round(rng.random((N, K)) + 0.5 * np.eye(K)[labels], 1) + 0.1
+    return labels, scores / scores.sum(axis=1, keepdims=True)
+
+
+def slow_auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Every pair of a positive and a negative, one by one."""
+    wins = [(p > q) + 0.5 * (p == q) for p in scores[positive] for q in scores[~positive]]
+    return sum(wins) / len(wins)
+
+
+# --- the metrics -------------------------------------------------------------------------------
+
+
+def test_confusion_matrix_has_the_truth_in_its_rows():
+    matrix = evaluate.confusion_matrix([0, 0, 0, 1, 2], [0, 1, 1, 1, 0], 4)
+    assert matrix.tolist() == [[1, 2, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    with pytest.raises(ValueError, match="below 2"):
+        evaluate.confusion_matrix([0, 2], [0, 1], 2)
+
+
+def test_metrics_match_their_definitions_counted_one_by_one():
+    labels, probs = random_predictions()
+    preds = probs.argmax(axis=1)
+    got = evaluate.classification_metrics(labels, probs, ["a", "b", "c"])
+    recalls, precisions, f1s, areas = [], [], [], []
+    for k, name in enumerate("abc"):
+        hit = sum(1 for t, p in zip(labels, preds, strict=True) if t == p == k)
+        support, called = sum(labels == k), sum(preds == k)
+        recalls.append(hit / support)
+        precisions.append(hit / called)
+        f1s.append(2 * recalls[-1] * precisions[-1] / (recalls[-1] + precisions[-1]))
+        areas.append(slow_auroc(probs[:, k], labels == k))
+        row = got["per_class"][name]
+        expected = (precisions[-1], recalls[-1], f1s[-1], areas[-1], support)
+        values = tuple(row[c] for c in ("precision", "recall", "f1", "auroc", "support"))
+        assert values == pytest.approx(expected, abs=1e-12)
+    assert got["n"] == 60
+    assert got["accuracy"] == pytest.approx(sum(labels == preds) / 60, abs=1e-12)
+    assert got["balanced_accuracy"] == pytest.approx(sum(recalls) / 3, abs=1e-12)
+    assert got["macro_precision"] == pytest.approx(sum(precisions) / 3, abs=1e-12)
+    assert got["macro_f1"] == pytest.approx(sum(f1s) / 3, abs=1e-12)
+    assert got["auroc"] == pytest.approx(sum(areas) / 3, abs=1e-12)
+    nll = -sum(math.log(probs[i, labels[i]]) for i in range(60)) / 60
+    assert got["nll"] == pytest.approx(nll, abs=1e-12)
+
+
+def test_calibration_error_matches_its_bins_counted_one_by_one():
+    labels, probs = random_predictions(200, 4, seed=2)
+    top, right = probs.max(axis=1), probs.argmax(axis=1) == labels
+    slow = 0.0
+    for b in range(15):
+        inside = [i for i in range(200) if b / 15 < top[i] <= (b + 1) / 15]
+        if inside:
+            accuracy = sum(right[i] for i in inside) / len(inside)
+            confidence = sum(top[i] for i in inside) / len(inside)
+            slow += len(inside) / 200 * abs(accuracy - confidence)
+    got = evaluate.expected_calibration_error(labels, probs)
+    assert got == pytest.approx(slow, abs=1e-12) and got > 0.02
+
+
+def test_closed_forms_of_perfect_uniform_and_overconfident_predictions():
+    labels = np.array([0, 1, 2, 3] * 5)
+    perfect = evaluate.classification_metrics(labels, np.eye(4)[labels])
+    assert perfect["accuracy"] == perfect["macro_f1"] == perfect["auroc"] == 1
+    assert perfect["ece"] == perfect["nll"] == 0
+    uniform = evaluate.classification_metrics(labels, np.full((20, 4), 0.25))
+    assert uniform["nll"] == pytest.approx(math.log(4)) and uniform["auroc"] == 0.5
+    sure = np.tile([0.8, 0.2], (10, 1))
+    assert evaluate.expected_calibration_error(np.zeros(10, int), sure) == pytest.approx(0.2)
+
+
+def test_absent_classes_count_as_documented():
+    """Macro averages go over all K with undefined = 0; what cannot be scored is None."""
+    labels = np.array([0, 0, 1, 1])
+    probs = np.array([[0.8, 0.1, 0.1], [0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1]])
+    got = evaluate.classification_metrics(labels, probs)
+    assert got["balanced_accuracy"] == 0.75  # over the two classes that are there
+    assert got["macro_recall"] == pytest.approx(0.5)  # over three
+    assert got["per_class"]["2"] == {
+        "precision": 0.0, "recall": 0.0, "f1": 0.0, "auroc": None, "support": 0
+    }  # fmt: skip
+    alone = evaluate.classification_metrics(labels[:2], probs[:2])
+    assert alone["auroc"] is None and alone["accuracy"] == 1
+
+
+def test_metrics_reject_what_is_no_distribution():
+    for labels, probs in (([0], [[0.5, 0.4]]), ([0, 1], [[1.0, 0.0]]), ([], np.zeros((0, 2)))):
+        with pytest.raises(ValueError, match="rows sum to 1"):
+            evaluate.classification_metrics(labels, probs)
+
+
+def test_report_reads_as_scikit_learns_does():
+    """The example of scikit-learn's own documentation, to the letter."""
+    labels, preds = np.array([0, 1, 2, 2, 2]), np.array([0, 0, 2, 2, 1])
+    names = ["class 0", "class 1", "class 2"]
+    metrics = evaluate.classification_metrics(labels, np.eye(3)[preds], names)
+    assert evaluate.classification_report(metrics) == (
+        "              precision    recall  f1-score   support\n"
+        "\n"
+        "     class 0       0.50      1.00      0.67         1\n"
+        "     class 1       0.00      0.00      0.00         1\n"
+        "     class 2       1.00      0.67      0.80         3\n"
+        "\n"
+        "    accuracy                           0.60         5\n"
+        "   macro avg       0.50      0.56      0.49         5\n"
+        "weighted avg       0.70      0.60      0.61         5\n"
+    )
+
+
+# --- the intervals -----------------------------------------------------------------------------
+
+
+def test_weights_count_a_picture_as_often_as_copies_would():
+    """The resampled metrics are those of the pictures written out: one code for both."""
+    labels, probs = random_predictions()
+    times = np.random.default_rng(1).integers(0, 4, 60)
+    weighted = evaluate.weighted_metrics(labels, probs, times[None].astype(float))
+    copied = evaluate.classification_metrics(np.repeat(labels, times), np.repeat(probs, times, 0))
+    for name in ("accuracy", "balanced_accuracy", "macro_precision", "macro_f1", "auroc"):
+        assert weighted[name][0] == pytest.approx(copied[name], abs=1e-12), name
+
+
+def test_intervals_resample_groups_not_pictures():
+    """Ten copies of each picture carry no more evidence than one: the interval must not shrink."""
+    labels, probs = random_predictions(80)
+    once = evaluate.group_bootstrap(labels, probs, np.arange(80))
+    tenfold = evaluate.group_bootstrap(
+        np.repeat(labels, 10), np.repeat(probs, 10, 0), np.repeat(np.arange(80), 10)
+    )
+    by_picture = evaluate.group_bootstrap(
+        np.repeat(labels, 10), np.repeat(probs, 10, 0), np.arange(800)
+    )
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", "auroc"):
+        assert tenfold[name] == pytest.approx(once[name], abs=1e-9)
+        width = once[name][1] - once[name][0]
+        assert (by_picture[name][1] - by_picture[name][0]) < 0.5 * width
+
+
+def test_accuracy_interval_matches_the_binomial_one():
+    rng = np.random.default_rng(0)
+    right = rng.random(400) < 0.8
+    probs = np.stack([right, ~right], axis=1).astype(float)
+    low, high = evaluate.group_bootstrap(np.zeros(400, int), probs, np.arange(400))["accuracy"]
+    p = right.mean()
+    half = 1.96 * math.sqrt(p * (1 - p) / 400)
+    assert (low, high) == pytest.approx((p - half, p + half), abs=0.01)
+
+
+def test_a_single_group_and_a_single_class_have_no_interval():
+    labels, probs = random_predictions(12)
+    assert set(evaluate.group_bootstrap(labels, probs, np.zeros(12)).values()) == {None}
+    ones = evaluate.group_bootstrap(np.zeros(12, int), probs, np.arange(12))
+    assert ones["auroc"] is None and ones["accuracy"] is not None
+
+
+def test_2000_resamples_of_1300_predictions_take_well_under_a_second():
+    """Vectorised; the bound here is loose, because test machines are slow and shared."""
+    import time
+
+    labels, probs = random_predictions(1300, 4)
+    began = time.perf_counter()
+    evaluate.group_bootstrap(labels, probs, np.arange(1300) // 3)
+    assert time.perf_counter() - began < 5
+
+
+# --- the pictures ------------------------------------------------------------------------------
+
+
+def test_pictures_are_drawn_for_any_number_of_classes_and_epochs():
+    for K in (2, 7):
+        matrix = np.arange(K * K).reshape(K, K)
+        names = [f"a very long class name {k}" for k in range(K)]
+        image = evaluate.confusion_picture(matrix, names, "title", "LEAKED")
+        assert isinstance(image, Image.Image) and np.asarray(image).std() > 5
+    for values in ([], [0.5], [3.0, 2.0, 1.0], [0.5] * 4):
+        image = evaluate.curve_picture({"loss": {"train": values, "val": values}}, "title")
+        assert image.size[0] > 100
+
+
+def test_ticks_are_round_and_enclose_the_values():
+    for low, high in ((0.0, 1.0), (0.31, 0.34), (5.5, 1234.0), (2.0, 2.0), (-3.0, 4.0)):
+        marks = evaluate.ticks(low, high)
+        assert marks[0] <= low + 1e-9 and marks[-1] >= high - 1e-9 and 1 <= len(marks) <= 9

@@ -1,0 +1,110 @@
+"""heads.py: the cosine MLP against its definition, the schedule against torch's, the training."""
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import heads
+import simclr
+
+
+def blobs(n: int, seed: int, spread: float = 0.8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three clouds of features in 16 dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 3
+    centres = torch.eye(3, 16) * 2
+    return centres[labels] + spread * torch.randn(n, 16, generator=generator), labels
+
+
+def test_cosine_mlp_has_the_published_number_of_parameters():
+    assert sum(p.numel() for p in heads.CosineMLP(512, 3).parameters()) == 329_985
+
+
+def test_cosine_mlp_is_scale_times_cosine_computed_one_by_one():
+    torch.manual_seed(0)
+    head = heads.CosineMLP(8, 3, hidden_dims=(6, 5)).double().eval()
+    h = torch.randn(4, 8, dtype=torch.float64)
+    m = h
+    for linear, norm in ((head.mlp[0], head.mlp[1]), (head.mlp[4], head.mlp[5])):
+        m = (m @ linear.weight.T + linear.bias - norm.running_mean) / (
+            norm.running_var + 1e-5
+        ) ** 0.5
+        m = (m * norm.weight + norm.bias).clamp(min=0)
+    for n in range(4):
+        for k in range(3):
+            w = head.class_weights[k]
+            cosine = (m[n] @ w) / (m[n].norm() * w.norm())
+            assert head(h)[n, k].item() == pytest.approx(10 * cosine.item(), abs=1e-9)
+
+
+def test_logits_ignore_the_length_of_class_weights():
+    head = heads.CosineMLP(8, 3).eval()
+    h = torch.randn(4, 8)
+    before = head(h)
+    with torch.no_grad():
+        head.class_weights *= torch.tensor([[0.1], [1.0], [50.0]])
+    assert torch.allclose(head(h), before, atol=1e-5)
+
+
+def test_milestones_match_torchs_scheduler():
+    for epochs in (150, 10, 7):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        passed = [-(-epochs * 6 // 10), -(-epochs * 8 // 10)]
+        theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, passed, 0.1)
+        for epoch in range(1, epochs + 1):
+            ours = heads.milestone_lr(epoch, epochs, 1.0)
+            assert ours == pytest.approx(theirs.get_last_lr()[0])
+            optimizer.step()
+            theirs.step()
+    assert heads.milestone_lr(90, 150, 1.0) == 1.0 and heads.milestone_lr(91, 150, 1.0) == 0.1
+
+
+def test_a_probe_learns_and_ends_with_its_best_epoch():
+    train, val = blobs(60, 0), blobs(60, 1)
+    torch.manual_seed(0)
+    head = heads.CosineMLP(16, 3)
+    records = list(heads.train_probe(head, train, val, heads.Probing(epochs=30, batch_size=16)))
+    best = max((r["val_accuracy"], -r["val_loss"]) for r in records)
+    assert best[0] > 0.8
+    assert heads.score(head, *val) == pytest.approx((-best[1], best[0]), abs=1e-6)
+    probs = heads.probabilities(head, val[0])
+    assert probs.shape == (60, 3) and torch.allclose(probs.sum(dim=1), torch.ones(60).double())
+
+
+def test_a_probe_repeats_to_the_bit_whatever_was_drawn_before():
+    """Dropout takes no generator: it is seeded at each step from (seed, epoch, step)."""
+    weights = []
+    for noise in (0, 7):
+        torch.manual_seed(0)
+        head = heads.CosineMLP(16, 3)
+        torch.rand(noise)
+        epochs = heads.train_probe(head, blobs(40, 0), blobs(9, 1), heads.Probing(3, 16))
+        for _ in epochs:
+            torch.rand(noise)
+        weights.append(head.class_weights.detach().clone())
+    assert torch.equal(*weights)
+
+
+def test_no_epochs_leave_the_head_as_it_was_and_no_validation_part_means_the_last_epoch():
+    torch.manual_seed(0)
+    head = heads.CosineMLP(16, 3)
+    before = head.class_weights.detach().clone()
+    assert list(heads.train_probe(head, blobs(9, 0), blobs(9, 1), heads.Probing(epochs=0))) == []
+    assert torch.equal(head.class_weights, before)
+    empty = (torch.zeros(0, 16), torch.zeros(0, dtype=torch.long))
+    records = list(heads.train_probe(head, blobs(9, 0), empty, heads.Probing(epochs=2)))
+    assert [r["val_loss"] for r in records] == [None, None]
+    assert not torch.equal(head.class_weights, before)
+
+
+def test_probe_leaves_encoder_bitwise_unchanged():
+    encoder = simclr.resnet18().train()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    drawn = [data.fit_square(data.draw_phantom(p)[0], 32) for p in data.phantom_paths()[:12]]
+    h = simclr.encode(encoder, np.stack(drawn), 0.5, 0.5, torch.device("cpu"))
+    labels = torch.arange(12) % 2
+    head = heads.CosineMLP(512, 2)
+    list(heads.train_probe(head, (h, labels), (h, labels), heads.Probing(epochs=2)))
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name]), name

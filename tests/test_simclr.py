@@ -1,0 +1,226 @@
+"""simclr.py: the loss against a double loop from the paper, the encoder against torchvision's."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import data
+import simclr
+
+
+def slow_nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
+    """Algorithm 1 of 2002.05709 as it is printed: views interleaved, two loops, float64."""
+    z = [view for pair in zip(z_a.double(), z_b.double(), strict=True) for view in pair]
+    M = len(z)
+    s = [[z[i] @ z[j] / (z[i].norm() * z[j].norm()) for j in range(M)] for i in range(M)]
+
+    def loss(i: int, j: int) -> Tensor:
+        others = sum(torch.exp(s[i][k] / temperature) for k in range(M) if k != i)
+        return -torch.log(torch.exp(s[i][j] / temperature) / others)
+
+    N = M // 2
+    return sum(loss(2 * k, 2 * k + 1) + loss(2 * k + 1, 2 * k) for k in range(N)) / (2 * N)
+
+
+def random_projections(N: int = 5, D: int = 7) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(2, N, D, generator=generator, dtype=torch.float64)
+    return z[0].requires_grad_(), (0.6 * z[0] + z[1]).detach().requires_grad_()
+
+
+# --- the loss ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5, 2.0])
+def test_nt_xent_matches_double_loop_from_eq_1(temperature):
+    """A random fixture: the closed forms alone miss a shifted positive, among other bugs."""
+    z_a, z_b = random_projections()
+    ours = simclr.nt_xent(z_a, z_b, temperature)
+    slow = slow_nt_xent(z_a, z_b, temperature)
+    assert abs(ours.item() - slow.item()) < 1e-10
+    gradients = torch.autograd.grad(ours, (z_a, z_b))
+    for g, h in zip(gradients, torch.autograd.grad(slow, (z_a, z_b)), strict=True):
+        assert torch.allclose(g, h, atol=1e-10, rtol=0)
+
+
+def test_nt_xent_of_collapsed_projections_is_log_2n_minus_1():
+    z = torch.ones(4, 8, dtype=torch.float64)
+    assert simclr.nt_xent(z, z, 0.5).item() == pytest.approx(1.945910, abs=1e-6)
+    assert simclr.nt_xent(z, z, 0.07).item() == pytest.approx(math.log(7), abs=1e-12)
+
+
+def test_nt_xent_of_orthogonal_pairs_has_its_closed_form():
+    z = torch.eye(4, dtype=torch.float64)
+    assert simclr.nt_xent(z, z, 0.5).item() == pytest.approx(0.594438, abs=1e-6)
+
+
+def test_nt_xent_ignores_projection_scale():
+    z_a, z_b = random_projections()
+    scaled = simclr.nt_xent(z_a * 100, z_b * 0.01, 0.1)
+    assert torch.allclose(simclr.nt_xent(z_a, z_b, 0.1), scaled, atol=1e-10)
+
+
+def test_nt_xent_stays_float32_under_bf16_autocast():
+    """Inside autocast even a product of float32 matrices is bf16, which is good to 1 % only."""
+    z_a, z_b = (z.detach().float() for z in random_projections(64, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = simclr.nt_xent(z_a, z_b, 0.07)
+    assert inside.dtype == torch.float32
+    assert inside.item() == pytest.approx(simclr.nt_xent(z_a, z_b, 0.07).item(), abs=1e-6)
+
+
+def test_nt_xent_rejects_views_of_different_shape():
+    z = torch.ones(4, 8)
+    for bad in ((z, z[:3], 0.5), (z[:, 0], z[:, 0], 0.5), (z, z, 0.0), (z[:1], z[:1], 0.5)):
+        with pytest.raises(ValueError, match="expected two"):
+            simclr.nt_xent(*bad)
+
+
+def test_contrastive_statistics_know_perfect_chance_and_collapse():
+    z = torch.eye(8)
+    accuracy, std = simclr.contrastive_statistics(z, z)
+    assert accuracy == 1 and std > 0.3
+    accuracy, _ = simclr.contrastive_statistics(z, z.roll(1, 0))  # all positives are strangers
+    assert accuracy == 0
+    assert simclr.contrastive_statistics(torch.ones(8, 3), torch.ones(8, 3))[1] == 0
+
+
+# --- the encoder -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_resnet_matches_torchvision_with_the_same_weights(arch):
+    """Values, gradients and running statistics, in float64, from a strictly loaded state dict."""
+    reason = "torchvision is the oracle here, and it does not import"
+    models = pytest.importorskip("torchvision.models", reason=reason)
+    torch.manual_seed(0)
+    theirs = getattr(models, arch)().double()
+    theirs.fc = torch.nn.Identity()
+    ours = simclr.ARCHITECTURES[arch](in_channels=3).double()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for training in (True, False):
+        ours.train(training)
+        theirs.train(training)
+        a, b = ours(x), theirs(x)
+        assert torch.allclose(a, b, atol=1e-10)
+        ours.zero_grad()
+        theirs.zero_grad()
+        a.square().sum().backward()
+        b.square().sum().backward()
+        reference = dict(theirs.named_parameters())
+        for name, parameter in ours.named_parameters():
+            scale = reference[name].grad.abs().max()
+            assert torch.allclose(parameter.grad, reference[name].grad, atol=1e-9 * scale), name
+    for name, value in theirs.state_dict().items():
+        assert torch.allclose(ours.state_dict()[name], value), name
+
+
+def test_encoders_have_the_published_sizes():
+    for make, E, count in ((simclr.resnet18, 512, 11_170_240), (simclr.resnet50, 2048, 23_501_760)):
+        encoder = make()
+        assert encoder.feature_dim == E
+        assert encoder.conv1.weight.shape == (64, 1, 7, 7)
+        assert sum(p.numel() for p in encoder.parameters()) == count
+    z = simclr.ProjectionHead(512)(torch.zeros(3, 512))
+    assert z.shape == (3, 128)
+    hidden = simclr.ProjectionHead(512)[0]
+    assert (hidden.in_features, hidden.out_features) == (512, 512)
+
+
+# --- optimisation and the loop -----------------------------------------------------------------
+
+
+def test_cosine_lr_matches_torch_scheduler():
+    """An oracle for the schedule: torch's own, stepped once a step."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-4)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30, 5e-4 / 50)
+    for step in range(30):
+        ours = simclr.cosine_lr(step, 30, 5e-4, 5e-4 / 50)
+        assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+def test_weight_decay_spares_biases_and_norms():
+    optimizer = simclr.adamw(simclr.resnet18(), lr=1e-3, weight_decay=0.1)
+    decayed, spared = optimizer.param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert all(p.ndim == 4 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in spared["params"])
+    assert len(decayed["params"]) == 20 and len(spared["params"]) == 40
+
+
+def tiny_run(seed: int = 0) -> tuple[simclr.ResNet, list[dict]]:
+    """A few steps on 16 phantoms of 32 pixels."""
+    drawn = [data.draw_phantom(path)[0] for path in data.phantom_paths()[:: 3 * 11][:16]]
+    squares = np.stack([data.fit_square(gray, 32) for gray in drawn])
+    images = torch.from_numpy(squares)[:, None]  # (16, 1, 32, 32)
+    torch.manual_seed(seed)
+    encoder = simclr.resnet18()
+    projection_head = simclr.ProjectionHead(512)
+    settings = simclr.Pretraining(epochs=2, batch_size=8, seed=seed)
+    optimizer = simclr.adamw(encoder, projection_head, lr=settings.lr, weight_decay=1e-4)
+    return encoder, list(simclr.pretrain(images, encoder, projection_head, optimizer, settings))
+
+
+def test_pretraining_lowers_loss_on_a_tiny_batch():
+    """Sixteen gratings, told apart by angle and pitch, are learnt in 20 steps."""
+    y, x = np.mgrid[:32, :32]
+    angles, pitches = np.linspace(0, np.pi, 16, endpoint=False), np.tile([0.3, 0.6, 1.2, 2.2], 4)
+    waves = [
+        np.sin((x * np.cos(a) + y * np.sin(a)) * p) for a, p in zip(angles, pitches, strict=True)
+    ]
+    images = torch.from_numpy((127 + 100 * np.stack(waves)).astype(np.uint8))[:, None]
+    torch.manual_seed(0)
+    encoder = simclr.resnet18()
+    projection_head = simclr.ProjectionHead(512)
+    settings = simclr.Pretraining(epochs=20, batch_size=16, lr=1e-3, temperature=0.2)
+    optimizer = simclr.adamw(encoder, projection_head, lr=1e-3, weight_decay=1e-4)
+    records = list(simclr.pretrain(images, encoder, projection_head, optimizer, settings))
+    losses = [record["loss"] for record in records]
+    assert abs(losses[0] - math.log(31)) < 0.3  # before learning: one of the 31 other views
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.5
+    assert [record["epoch"] for record in records] == list(range(1, 21))
+
+
+def test_pretraining_repeats_to_the_bit_and_listens_to_the_seed():
+    first, _ = tiny_run()
+    torch.rand(5)  # a step draws from its own generator, so the global one is free to move
+    again, _ = tiny_run()
+    other, _ = tiny_run(seed=1)
+    assert torch.equal(first.conv1.weight, again.conv1.weight)
+    assert not torch.equal(first.conv1.weight, other.conv1.weight)
+
+
+def test_encode_uses_running_statistics_and_restores_the_mode():
+    """In train mode a picture's features would depend on its neighbours in the batch."""
+    encoder, _ = tiny_run()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32), dtype=np.uint8)
+    cpu = torch.device("cpu")
+    encoder.train()
+    alone = simclr.encode(encoder, images[:1], 0.5, 0.5, cpu)
+    together = simclr.encode(encoder, images, 0.5, 0.5, cpu, batch_size=2)
+    assert encoder.training
+    assert together.shape == (5, 512) and together.dtype == torch.float32
+    assert torch.allclose(alone[0], together[0], atol=1e-5)
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_encoder_checkpoint_survives_the_round_trip_and_names_what_is_wrong(tmp_path):
+    encoder = simclr.resnet18()
+    path = tmp_path / "encoder.pt"
+    simclr.save({"arch": "resnet18", "encoder": encoder.state_dict(), "epoch": 3}, path)
+    loaded, checkpoint = simclr.load_encoder(path)
+    assert checkpoint["epoch"] == 3
+    assert torch.equal(loaded.layer4[1].conv2.weight, encoder.layer4[1].conv2.weight)
+    with pytest.raises(data.UserError, match="main.py pretrain"):
+        simclr.load_encoder(tmp_path / "missing.pt")
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(data.UserError, match="not an encoder"):
+        simclr.load_encoder(path)
