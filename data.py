@@ -11,13 +11,14 @@ views share a slice is the whole of SimCLR's supervision.
     view:     x~ = normalise( blur( jitter( x[ C F R A (u, v, 1) ] ) ) )   (arXiv 2002.05709, §3)
               C crop, F flip, R rotation, A affine: one 3x3 matrix, so one resampling of the pixels
 
-Shape letters, the same in every file: N slices in a batch (so 2N views) · C channels · H, W pixels ·
-E encoder features · D projection dimensions · K classes. Here also n pictures, S = image size.
+Shape letters: N slices in a batch (so 2N views) · C channels · H, W pixels · E encoder features ·
+D projection dimensions · K classes. Here also n pictures in all, V views, S = image size.
 
 Departures from the paper (§3 and appendix A of 2002.05709):
   - grayscale once at load: hue, saturation and random grayscale do nothing to a gray picture;
   - crops keep at least 20 % of the area, not 8 %: a lesion has to stay in sight of both views;
-  - crop sides are clamped to the picture, not redrawn until they fit: a fixed count of random numbers;
+  - crop sides are clamped to the picture, not redrawn until they fit, so that every view takes
+    the same count of random numbers;
   - a small rotation and affine are added: heads lie differently in every scanner.
 
 Next: simclr.py
@@ -700,7 +701,7 @@ class Head:
         return (1 - np.hypot(p / ru, q / rv)) * min(ru, rv)
 
     def paint(self, depth: np.ndarray, value: float, soft: float = 0.012) -> np.ndarray:
-        """Lay `value` where `depth` is positive, over a rim `soft` wide; (128, 128) bool, True = there."""
+        """Lay `value` where `depth` > 0, with a rim `soft` wide; (128, 128) bool, True = there."""
         share = np.clip(0.5 + depth / (4 * soft), 0, 1)
         self.gray += share * (value - self.gray)
         return share > 0.5
@@ -824,9 +825,7 @@ def draw_lesion(
         radius = person.uniform(0.07, 0.13) * near
         mass = head.ellipse(cu, cv, radius * 1.1, radius)
         head.paint_lesion(mass, white_matter + 0.24 * strength)
-    elif (
-        class_ == "stroke"
-    ):  # the wedge that one artery feeds (anterior, middle, posterior), swollen dark
+    elif class_ == "stroke":  # the wedge that one artery feeds: anterior, middle, posterior
         territories = ((-1.25, 0.35), (-0.1, 0.65), (1.1, 0.40))  # middle and half width, radians
         middle, width = territories[person.choice(3, p=(0.2, 0.6, 0.2))]
         turned = np.arctan2(head.v / head.b, side * head.u / head.a)
@@ -896,16 +895,18 @@ class Collection:
 
     def split_table(self, task: Task) -> list[tuple[str, str, int, str, str]]:
         """The rows of splits.csv: path, label, group, split, pixel_hash (hexadecimal)."""
+        paths, hashes = self.pictures.paths, self.pictures.hashes
+        columns = zip(task.rows, task.labels, task.groups, task.split, strict=True)
         return [
-            (
-                self.pictures.paths[r],
-                task.classes[k],
-                int(g),
-                str(s),
-                self.pictures.hashes[r].tobytes().hex(),
-            )
-            for r, k, g, s in zip(task.rows, task.labels, task.groups, task.split, strict=True)
+            (paths[r], task.classes[k], int(g), str(part), hashes[r].tobytes().hex())
+            for r, k, g, part in columns
         ]
+
+    def seen_in_test(self, task: Task, seen: np.ndarray) -> list[str]:
+        """Paths of the task's test pictures whose hash is among `seen` (n, 16) uint8."""
+        known = {row.tobytes() for row in seen}
+        rows, _, _ = task.part("test")
+        return [self.pictures.paths[r] for r in rows if self.pictures.hashes[r].tobytes() in known]
 
     def fingerprint(self) -> str:
         """A digest of every path and every pixel: two runs with equal ones saw the same data."""
@@ -1041,7 +1042,7 @@ def draw_views(V: int, generator: torch.Generator) -> ViewParameters:
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     jitter, blur = u[:, 10] < JITTER_CHANCE, u[:, 11] < BLUR_CHANCE  # (V,) bool, True = do it
     return ViewParameters(
-        # Reading right to left: an output pixel is carried back through affine, rotation, flip, crop.
+        # Right to left: an output pixel is carried back through affine, rotation, flip and crop.
         matrix=crop_matrix(u[:, 2] * (1 - width), u[:, 3] * (1 - height), width, height)
         @ flip_matrix(u[:, 4] < 0.5)  # left-right only: heads are never scanned upside down
         @ rotation_matrix(between(5, -ROTATION, ROTATION))
@@ -1061,7 +1062,7 @@ def draw_views(V: int, generator: torch.Generator) -> ViewParameters:
 
 
 def resample(images: Tensor, matrices: Tensor) -> Tensor:
-    """Carry (V, 1, S, S) pictures through (V, 3, 3) matrices: bilinear, black outside the picture."""
+    """Carry (V, 1, S, S) pictures through (V, 3, 3) matrices: bilinear, black outside."""
     grid = F.affine_grid(matrices[:, :2], list(images.shape), align_corners=False)  # (V, S, S, 2)
     return F.grid_sample(images, grid, "bilinear", "zeros", align_corners=False)  # (V, 1, S, S)
 

@@ -134,7 +134,7 @@ def weighted_metrics(
 
 
 def expected_calibration_error(labels: np.ndarray, probs: np.ndarray) -> float:
-    """How far confidence is from accuracy (1706.04599, Eq. 3): 15 equal bins of the top probability.
+    """How far confidence is from accuracy (1706.04599, Eq. 3), in 15 bins of top probability.
 
     Returns:
         In [0, 1]; 0 is best. 100 pictures, all called rightly with probability 0.8, score 0.2.
@@ -252,7 +252,7 @@ def group_bootstrap(
 
 
 def classification_report(metrics: dict) -> str:
-    """The table of `classification_metrics`, set as scikit-learn's classification_report sets it."""
+    """The table of `classification_metrics`, set as scikit-learn sets its own."""
     per_class = metrics["per_class"]
     width = max(len("weighted avg"), *(len(name) for name in per_class))
     columns = ("precision", "recall", "f1")
@@ -268,6 +268,21 @@ def classification_report(metrics: dict) -> str:
     macro = [metrics[f"macro_{c}"] for c in columns]
     weighted = [sum(row[c] * row["support"] for row in rows) / n for c in columns]
     lines += [line("macro avg", macro, n), line("weighted avg", weighted, n)]
+    return "\n".join(lines) + "\n"
+
+
+def comparison_table(results: dict[str, dict]) -> str:
+    """A line for each result (metrics with their "ci95"): four metrics, each with its interval."""
+    columns = ("accuracy", "balanced_accuracy", "macro_f1", "auroc")
+    lines = [f"{'':20}" + "".join(f"{c.replace('_', ' '):>21}" for c in columns)]
+    for name, result in results.items():
+        cells = []
+        for column in columns:
+            value, interval = result[column], result["ci95"][column]
+            cell = "n/a" if value is None else f"{value:.3f}"
+            cell += f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
+            cells.append(f"{cell:>21}")
+        lines.append(f"{name:20}" + "".join(cells))
     return "\n".join(lines) + "\n"
 
 
@@ -341,7 +356,7 @@ def confusion_picture(
 
 
 def ticks(low: float, high: float) -> np.ndarray:
-    """About five round numbers (1, 2 or 5 times a power of ten) from below `low` to above `high`."""
+    """About five round numbers (1, 2 or 5 times a power of ten), from `low` or less to `high`."""
     span = max(high - low, 1e-9)
     rough = span / 4
     power = 10.0 ** np.floor(np.log10(rough))
@@ -375,7 +390,7 @@ def curve_picture(
             x = left + wide * (epoch - 1) / max(epochs - 1, 1)
             write(draw, (x, top + high + 12), str(epoch), 10, MUTED, "mm")
         write(draw, (left + wide / 2, top + high + 28), "epoch", 10, MUTED, "mm")
-        for color, (name, line) in zip(LINES, series.items(), strict=False):
+        for color, line in zip(LINES, series.values(), strict=False):
             x = left + wide * np.arange(len(line)) / max(epochs - 1, 1)
             y = top + high * (1 - (np.array(line) - low) / rise)
             points = list(zip((x * SCALE).tolist(), (y * SCALE).tolist(), strict=True))

@@ -6,8 +6,8 @@ is trained on those features; seconds, not hours, and few labels are enough. The
 classifier: it compares directions, so a class cannot win by having longer weights, which helps
 where classes are unequal in size.
 
-    m = two times: Linear -> BatchNorm -> ReLU -> Dropout                  (N, E) -> (N, 128)
-    logits_k = s * cos(m, w_k),   s learnable, from 10        (Gidaris and Komodakis, 1804.09458, §3.2)
+    m = two times: Linear -> BatchNorm -> ReLU -> Dropout         (N, E) -> (N, 128)
+    logits_k = s * cos(m, w_k),  s learnable, from 10    (Gidaris and Komodakis, 1804.09458, §3.2)
 
 Shape letters: N pictures in a batch · E encoder features · K classes. Here also n pictures in all.
 

@@ -1,11 +1,11 @@
 """The commands: `pretrain` learns an encoder from pictures alone, `probe` reads a diagnosis off it.
 
 This file only wires: it parses, seeds, chooses the device and the paths, and prints. What is
-computed stands in data.py (pictures, groups, splits, views), simclr.py (encoder, loss, pretraining),
-evaluate.py (the numbers) and heads.py (the classifiers), to be read in this order.
+computed stands in data.py (pictures, groups, splits, views), simclr.py (encoder, loss,
+pretraining), evaluate.py (the numbers) and heads.py (the classifiers), to be read in this order.
 
-    pretrain:  pictures of no val or test group --two views--> simclr.pretrain --> encoder.pt
-    probe:     encoder.pt, frozen --features--> heads.train_probe --> classifier.pt, metrics.json
+    pretrain:  pictures of no val or test group -- two views --> simclr.pretrain --> encoder.pt
+    probe:     encoder.pt, frozen -- features --> heads.train_probe --> classifier.pt, metrics.json
 
 Next: nothing; this is the last.
 """
@@ -15,12 +15,14 @@ import csv
 import io
 import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -35,33 +37,39 @@ import heads
 import simclr
 
 RUNS = Path("runs")
-IMAGE_SIZE = 128  # pixels a side, the published value
+PUBLISHED_SIZES = {
+    "image_size": 128,
+    "batch_size": simclr.Pretraining.batch_size,
+    "epochs": simclr.Pretraining.epochs,
+}
 # On the phantoms a command takes minutes on a laptop; these settings, and no others, differ there.
 PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 128, "epochs": 12}
 CHECKPOINT_SECONDS = 60  # at most one checkpoint a minute, so that writing costs next to nothing
-
 
 # ---------------------------------------------------------------------------------------------
 # What the commands share
 # ---------------------------------------------------------------------------------------------
 
 
-def choose_device(name: str, precision: str) -> tuple[torch.device, bool, str]:
-    """The device, whether to compute in bf16 on it, and a phrase that says which and why."""
-    here = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(kind for kind, there in here.items() if there)
-    if not here[name]:
+class Machine(NamedTuple):
+    """What a command computes on."""
+
+    device: torch.device
+    bf16: bool
+    text: str  # which, and why
+
+
+def choose_machine(args: argparse.Namespace) -> Machine:
+    """The device and the precision, as asked for or as the machine can."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    best = "cuda" if cuda else "mps" if mps else "cpu"
+    name = best if args.device == "auto" else args.device
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise data.UserError(f"this machine has no {name} device; give --device auto or cpu")
-    device = torch.device(name)
-    native, why = simclr.native_bf16(device)
-    if precision != "auto":
-        native, why = precision == "bf16", "as asked"
-    return device, native, f"{name}, {'bf16' if native else 'float32'} ({why})"
+    bf16, why = simclr.native_bf16(torch.device(name))
+    if args.precision != "auto":
+        bf16, why = args.precision == "bf16", f"--precision {args.precision}"
+    return Machine(torch.device(name), bf16, f"{name}, {'bf16' if bf16 else 'float32'} ({why})")
 
 
 def base_folder(args: argparse.Namespace) -> Path:
@@ -69,45 +77,47 @@ def base_folder(args: argparse.Namespace) -> Path:
     return RUNS if args.data else RUNS / "phantoms"
 
 
-def pretraining_setting(args: argparse.Namespace, name: str, published: int) -> int:
-    """A flag's value or, where it was not given, the phantoms' default or the published one."""
-    given = getattr(args, name)
-    default = published if args.data else PHANTOM_DEFAULTS[name]
-    return default if given is None else given
-
-
 def load_data(args: argparse.Namespace, image_size: int) -> data.Collection:
     """Read --data or the phantoms; say what is there, what cannot be read, and what is suspect."""
     if args.data and RUNS.resolve().is_relative_to(args.data.resolve()):
         raise data.UserError(
-            f"results go to {RUNS.resolve()}, which lies inside --data {args.data}, and would be read "
-            "as scans next time; start the command from another folder"
+            f"results go to {RUNS.resolve()}, which lies inside --data {args.data} and would be "
+            "read as scans next time; start the command from another folder"
         )
     collection = data.load(args.data, image_size, RUNS / "cache", partial(tqdm, leave=False))
-    pictures, n = collection.pictures, len(collection.pictures.paths)
+    paths, groups = collection.pictures.paths, len(np.unique(collection.groups))
     where = args.data or "phantoms, drawn by code (--data takes your own scans)"
     others = f", {collection.other_files:,} other files" if collection.other_files else ""
-    print(f"{where}: {n:,} pictures in {collection.groups.max() + 1:,} groups{others}")
-    for row, why in pictures.unreadable.items():
-        print(f"  left out, unreadable: {pictures.paths[row]!r} ({why})")
+    print(f"{where}: {len(paths):,} pictures in {groups:,} groups{others}")
+    for row, why in collection.pictures.unreadable.items():
+        print(f"  left out, unreadable: {paths[row]!r} ({why})")
     for task in collection.tasks.values():
         if task.notes["largest_group_is_a_chain"]:
             print(
-                f"  warning: one group holds {task.notes['largest_group']} of the {len(task.rows):,} "
-                f"pictures of {task.name}: near-twins may have linked strangers into a chain"
+                f"  warning: one group holds {task.notes['largest_group']} of the "
+                f"{len(task.rows):,} pictures of {task.name}: near-twins may have linked "
+                "strangers into a chain"
             )
     return collection
 
 
-def run_config(args: argparse.Namespace, collection: data.Collection, **values: object) -> dict:
+def run_config(
+    args: argparse.Namespace,
+    collection: data.Collection,
+    machine: Machine,
+    settings: simclr.Pretraining | heads.Probing,
+    **values: object,
+) -> dict:
     """config.json: every value that shaped the run, in plain types; checkpoints hold it too."""
     return {
         "command": args.command,
         "data": str(args.data.resolve()) if args.data else None,
         "phantoms": args.data is None,
         "fingerprint": collection.fingerprint(),
-        "seed": args.seed,
         **values,
+        **asdict(settings),
+        "device": machine.device.type,
+        "precision": "bf16" if machine.bf16 else "fp32",
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
@@ -125,26 +135,34 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write JSON that people can read, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write JSON that people can read."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_log(path: Path, records: list[dict]) -> None:
-    """Write one JSON line for each epoch."""
+    """Write one line of JSON for each epoch."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def write_csv(path: Path, header: list[str], rows: list[tuple]) -> None:
-    """Write a CSV file, whole or not at all."""
+    """Write a table."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_text(path, text.getvalue())
 
 
 def write_picture(path: Path, image: Image.Image) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG."""
     with data.write_atomically(path) as file:
         image.save(file, "PNG")
+
+
+def print_written(out: Path, command: list[str]) -> None:
+    """Say what lies where now, and what to type next."""
+    names = sorted(p.name for p in out.iterdir() if p.is_file() and not p.name.startswith("."))
+    print(f"wrote {out}/: {', '.join(names)}")
+    if command:
+        print("next:", shlex.join(["python", "main.py", *command]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -154,47 +172,40 @@ def write_picture(path: Path, image: Image.Image) -> None:
 
 def pretrain(args: argparse.Namespace) -> None:
     """Learn an encoder from pictures without labels; leaves encoder.pt."""
-    out = args.out or base_folder(args) / "pretrain"
-    device, bf16, device_text = choose_device(args.device, args.precision)
-    image_size = pretraining_setting(args, "image_size", IMAGE_SIZE)
-    collection = load_data(args, image_size)
+    out, machine = args.out or base_folder(args) / "pretrain", choose_machine(args)
+    for name, published in PUBLISHED_SIZES.items():
+        if getattr(args, name) is None:
+            setattr(args, name, published if args.data else PHANTOM_DEFAULTS[name])
+    collection = load_data(args, args.image_size)
     rows = collection.pretraining_rows()
     settings = pretraining_settings(args, collection, len(rows))
-    config = run_config(
-        args, collection, arch=args.arch, image_size=image_size, device=device.type,
-        precision="bf16" if bf16 else "fp32", pictures=len(rows), leaked=False, **asdict(settings),
-    )  # fmt: skip
+    values = {"arch": args.arch, "image_size": args.image_size, "leaked": False}
+    config = run_config(args, collection, machine, settings, **values, pictures=len(rows))
+    write_json(out / "config.json", config)
     torch.manual_seed(args.seed)  # the networks' first weights
     encoder = simclr.ARCHITECTURES[args.arch]()
-    projection_head = simclr.ProjectionHead(encoder.feature_dim)
-    for network in (encoder, projection_head):
-        network.to(device, memory_format=simclr.memory_format(device, bf16))
-    optimizer = simclr.adamw(
-        encoder, projection_head, lr=settings.lr, weight_decay=settings.weight_decay
-    )
-    images = torch.from_numpy(collection.pictures.images[rows])[:, None].to(device)  # (n, 1, S, S)
+    networks = torch.nn.ModuleList([encoder, simclr.ProjectionHead(encoder.feature_dim)])
+    networks.to(machine.device, memory_format=simclr.memory_format(machine.device, machine.bf16))
+    optimizer = simclr.adamw(networks, lr=settings.lr, weight_decay=settings.weight_decay)
+    images = torch.from_numpy(collection.pictures.images[rows])[:, None]  # (n, 1, S, S) uint8
+    seen = torch.from_numpy(collection.pictures.hashes[rows])
     steps = len(rows) // settings.batch_size
     print(
-        f"pretrain {args.arch} on {len(rows):,} pictures at {image_size} px: {settings.epochs} epochs "
-        f"of {steps} steps of {settings.batch_size}, on {device_text}"
+        f"pretrain {args.arch} on {len(rows):,} pictures at {args.image_size} px, "
+        f"{settings.epochs} epochs of {steps} steps of {settings.batch_size}, on {machine.text}"
     )
-    write_json(out / "config.json", config)
-
-    def save(epoch: int) -> None:
-        seen = torch.from_numpy(collection.pictures.hashes[rows])
-        save_pretraining(out, encoder, projection_head, optimizer, epoch, config, seen)
-
     records, saved = [], time.monotonic()
     with tqdm(total=settings.epochs * steps, unit="step", desc="pretrain") as bar:
+        on_step = partial(show_step, bar, settings.batch_size)
         for record in simclr.pretrain(
-            images, encoder, projection_head, optimizer, settings, bf16, step_bar(bar, settings)
+            images.to(machine.device), *networks, optimizer, settings, machine.bf16, on_step
         ):
             records.append(record)
             write_log(out / "log.jsonl", records)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save(record["epoch"])
+                save_pretraining(out, *networks, optimizer, record["epoch"], config, seen)
                 saved = time.monotonic()
-    save(settings.epochs)
+    save_pretraining(out, *networks, optimizer, settings.epochs, config, seen)
     finish_pretraining(args, out, records, collection)
 
 
@@ -203,33 +214,29 @@ def pretraining_settings(
 ) -> simclr.Pretraining:
     """The settings for n pictures; says what is held out, and when the batch has to shrink."""
     held = len(collection.pictures.paths) - len(collection.pictures.unreadable) - n
-    tasks = ", ".join(collection.tasks) or "no task: all of it is unlabelled"
-    print(f"  held out of pretraining: {held:,} pictures (the val and test groups of {tasks})")
+    tasks = ", ".join(collection.tasks) or "no task: all are unlabelled"
+    print(f"  held out of pretraining: {held:,} pictures (val and test groups of {tasks})")
     if n < 2:
         raise data.UserError(f"{n} pictures are left to pretrain on; contrasting takes at least 2")
-    batch_size = pretraining_setting(args, "batch_size", simclr.Pretraining.batch_size)
-    if batch_size > n:
-        print(f"  the batch shrinks from {batch_size} to the {n} pictures there are")
+    if args.batch_size > n:
+        print(f"  the batch shrinks from {args.batch_size} to the {n} pictures there are")
     return simclr.Pretraining(
-        epochs=pretraining_setting(args, "epochs", simclr.Pretraining.epochs),
-        batch_size=min(batch_size, n),
+        epochs=args.epochs,
+        batch_size=min(args.batch_size, n),
         lr=args.lr,
         temperature=args.temperature,
         seed=args.seed,
     )
 
 
-def step_bar(bar: tqdm, settings: simclr.Pretraining) -> Callable[[int, Tensor], None]:
-    """A callback that moves the progress bar by a step and, when it is redrawn, its figures."""
-
-    def on_step(step: int, sums: Tensor) -> None:
-        if bar.update():  # True = redrawn; reading the sums makes the device wait, so only then
-            loss, accuracy, _ = (sums / step).tolist()
-            speed = (bar.format_dict["rate"] or 0) * settings.batch_size
-            text = f"loss {loss:.3f}, contrastive accuracy {accuracy:.2f}, {speed:.0f} images/s"
-            bar.set_postfix_str(text)
-
-    return on_step
+def show_step(bar: tqdm, batch_size: int, step: int, sums: Tensor) -> None:
+    """Move the progress bar by a step; where it is redrawn, with the epoch's means so far."""
+    if bar.update():  # True = redrawn. Reading the sums makes the device wait, so only then.
+        loss, accuracy, _ = (sums / step).tolist()
+        speed = (bar.format_dict["rate"] or 0) * batch_size
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, contrastive accuracy {accuracy:.2f}, {speed:.0f} images/s"
+        )
 
 
 def save_pretraining(
@@ -243,51 +250,39 @@ def save_pretraining(
 ) -> None:
     """Write checkpoint.pt, all that going on needs, and encoder.pt, all that using it needs."""
     weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
-    checkpoint = {
-        "encoder": weights,
+    both = {"encoder": weights, "epoch": epoch, "config": config}
+    training = {
         "projection_head": projection_head.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "epoch": epoch,
-        "config": config,
     }
-    simclr.save(checkpoint, out / "checkpoint.pt")
-    exported = {
-        "arch": config["arch"],
-        "encoder": weights,
-        "feature_dim": encoder.feature_dim,
-        "image_size": config["image_size"],
-        "mean": config["mean"],
-        "std": config["std"],
-        "epoch": epoch,
-        "config": config,
-        "seen": seen,
-    }
-    simclr.save(exported, out / "encoder.pt")
+    simclr.save(both | training, out / "checkpoint.pt")
+    described = {key: config[key] for key in ("arch", "image_size", "mean", "std")}
+    described |= {"feature_dim": encoder.feature_dim, "seen": seen}
+    simclr.save(both | described, out / "encoder.pt")
 
 
 def finish_pretraining(
     args: argparse.Namespace, out: Path, records: list[dict], collection: data.Collection
 ) -> None:
-    """Draw the curve; say what was reached, what was written, and what to type next."""
+    """Draw the curve and say what was reached."""
     panels = {
         "NT-Xent (nats)": {"loss": [r["loss"] for r in records]},
         "contrastive accuracy": {"accuracy": [r["contrastive_accuracy"] for r in records]},
     }
     write_picture(out / "curve.png", evaluate.curve_picture(panels, "Pretraining"))
     if records:
-        last = records[-1]
-        seconds = sum(r["seconds"] for r in records)
+        last, minutes = records[-1], sum(r["seconds"] for r in records) / 60
         print(
             f"epoch {last['epoch']}: loss {last['loss']:.3f}, contrastive accuracy "
-            f"{last['contrastive_accuracy']:.3f}, {last['images_per_second']:.0f} images/s; "
-            f"{seconds / 60:.1f} minutes of training"
+            f"{last['contrastive_accuracy']:.2f}, {last['images_per_second']:.0f} images/s; "
+            f"{minutes:.1f} minutes of training"
         )
-    print(f"wrote {out}/: encoder.pt, checkpoint.pt, log.jsonl, curve.png, config.json")
+    following = []
     if collection.tasks:
         task = "tumor" if "tumor" in collection.tasks else min(collection.tasks)
-        words = ["python main.py probe", f"--data {args.data}" if args.data else ""]
-        words += [f"--task {task}", f"--encoder {out / 'encoder.pt'}" if args.out else ""]
-        print("next:", " ".join(word for word in words if word))
+        following = ["probe", *(["--data", str(args.data)] if args.data else []), "--task", task]
+        following += ["--encoder", str(out / "encoder.pt")] if args.out else []
+    print_written(out, following)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -297,183 +292,157 @@ def finish_pretraining(
 
 def probe(args: argparse.Namespace) -> None:
     """Train the cosine MLP on the frozen encoder, and on the baselines; leaves classifier.pt."""
-    out = args.out or base_folder(args) / f"probe-{args.task}"
-    device, bf16, device_text = choose_device(args.device, args.precision)
-    encoder, checkpoint = simclr.load_encoder(
-        args.encoder or base_folder(args) / "pretrain/encoder.pt"
-    )
+    out, machine = args.out or base_folder(args) / f"probe-{args.task}", choose_machine(args)
+    path = args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
+    encoder, checkpoint = simclr.load_encoder(path)
     collection = load_data(args, checkpoint["image_size"])
     task = collection.task(args.task)
-    leaked = seen_in_test(checkpoint["seen"], collection, task, args.allow_leak)
+    leaked = refuse_leak(collection, task, checkpoint["seen"].numpy(), args.allow_leak)
     settings = heads.Probing(epochs=args.epochs, seed=args.seed)
-    config = run_config(
-        args, collection, task=task.name, encoder=str(args.encoder or "pretrain/encoder.pt"),
-        pretraining=checkpoint["config"], device=device.type, precision="bf16" if bf16 else "fp32",
-        leaked=bool(leaked), **asdict(settings),
-    )  # fmt: skip
-    counts = ", ".join(f"{len(task.part(p)[0]):,} {p}" for p in ("train", "val", "test"))
-    print(f"probe {task.name} ({', '.join(task.classes)}): {counts} pictures, on {device_text}")
-
-    torch.manual_seed(args.seed)
-    untrained = simclr.ARCHITECTURES[checkpoint["arch"]]()
-    rows, mean, std = task.rows, checkpoint["mean"], checkpoint["std"]
-    images = collection.pictures.images[rows]
-    pixels = torch.from_numpy(collection.pictures.thumbnails[rows]).flatten(1).float() / 127.5 - 1
-    features = {
-        "pretrained encoder": simclr.encode(encoder.to(device), images, mean, std, device, bf16),
-        "untrained encoder": simclr.encode(untrained.to(device), images, mean, std, device, bf16),
-        "raw 32x32 pixels": pixels,
-    }
+    values = {"task": task.name, "encoder": str(path.resolve()), "leaked": bool(leaked)}
+    values["pretraining"] = checkpoint["config"]
+    config = run_config(args, collection, machine, settings, **values)
+    counts = ", ".join(f"{len(task.part(part)[0]):,} {part}" for part in ("train", "val", "test"))
+    print(f"probe {task.name} ({', '.join(task.classes)}): {counts} pictures, on {machine.text}")
+    features = representations(encoder, checkpoint, collection, task, machine, args.seed)
     fits = {name: fit_probe(h, task, settings, name) for name, h in features.items()}
     results = {name: measure(task, probs) for name, (_, _, probs) in fits.items()}
     head, records, probs = fits["pretrained encoder"]
-    metrics = {
-        "task": task.name,
-        "classes": list(task.classes),
-        **results["pretrained encoder"],
-        "baseline": results["untrained encoder"],
-        "raw_pixels": results["raw 32x32 pixels"],
-        "split": task.notes,
-        "leaked": bool(leaked),
-    }
-    classifier = checkpoint | {
-        "task": task.name,
-        "classes": list(task.classes),
-        "head": {name: value.cpu() for name, value in head.state_dict().items()},
-        "head_type": "cosine_mlp",
-        "config": config,
-        "seen": torch.cat([checkpoint["seen"], seen_by_head(collection, task)]).unique(dim=0),
-    }
-    simclr.save(classifier, out / "classifier.pt")
+    used = task.rows[np.isin(task.split, ("train", "val"))]
+    seen = torch.cat([checkpoint["seen"], torch.from_numpy(collection.pictures.hashes[used])])
+    described = {"task": task.name, "classes": list(task.classes), "config": config}
+    trained = {"head": head.state_dict(), "head_type": "cosine_mlp", "seen": seen.unique(dim=0)}
+    simclr.save(checkpoint | described | trained, out / "classifier.pt")
     write_json(out / "config.json", config)
-    write_log(out / "log.jsonl", records)
-    report = results_text(results, leaked)
-    write_results(out, collection, task, metrics, probs, records, report)
-    print(report, end="")
-    print(f"wrote {out}/: " + ", ".join(sorted(p.name for p in out.iterdir() if p.is_file())))
+    caption = f"LEAKED: the encoder has seen {len(leaked)} test pictures" if leaked else ""
+    write_results(out, collection, task, results, probs, caption)
+    write_training(out, records, f"Probe of {task.name}", caption)
     others = [name for name in collection.tasks if name != task.name]
-    if others:
-        data_flag = f"--data {args.data} " if args.data else ""
-        print(f"next: python main.py probe {data_flag}--task {others[0]}")
+    flags = ["--data", str(args.data)] if args.data else []
+    print_written(out, ["probe", *flags, "--task", others[0]] if others else [])
 
 
-def seen_in_test(
-    seen: Tensor, collection: data.Collection, task: data.Task, allowed: bool
+def representations(
+    encoder: simclr.ResNet,
+    checkpoint: dict,
+    collection: data.Collection,
+    task: data.Task,
+    machine: Machine,
+    seed: int,
+) -> dict[str, Tensor]:
+    """What the same head is trained on: the encoder's features and two that have learnt nothing.
+
+    Returns:
+        by name, (n, E) float32 for the task's pictures, each row in the order of `task.rows`.
+    """
+    torch.manual_seed(seed)
+    untrained = simclr.ARCHITECTURES[checkpoint["arch"]]()
+    images = collection.pictures.images[task.rows]  # (n, S, S) uint8
+    scaling = {"mean": checkpoint["mean"], "std": checkpoint["std"]}
+    features = {
+        name: simclr.encode(
+            network.to(machine.device), images, **scaling, device=machine.device, bf16=machine.bf16
+        )
+        for name, network in (("pretrained encoder", encoder), ("untrained encoder", untrained))
+    }
+    pixels = torch.from_numpy(collection.pictures.thumbnails[task.rows]).flatten(1)  # (n, 1024)
+    return features | {"raw 32x32 pixels": pixels.float() / 127.5 - 1}
+
+
+def refuse_leak(
+    collection: data.Collection, task: data.Task, seen: np.ndarray, allowed: bool
 ) -> list[str]:
-    """The test pictures that the encoder was pretrained on, found by hash; must be none.
+    """The test pictures that the encoder was pretrained on, if that is allowed.
 
     Raises:
         UserError: there are some, and --allow-leak was not given.
     """
-    known = {row.numpy().tobytes() for row in seen}
-    rows, _, _ = task.part("test")
-    hashes = collection.pictures.hashes
-    leaked = [collection.pictures.paths[r] for r in rows if hashes[r].tobytes() in known]
+    leaked = collection.seen_in_test(task, seen)
     if leaked and not allowed:
         raise data.UserError(
-            f"the encoder was pretrained on {len(leaked)} of the {len(rows)} test pictures of {task.name}, "
-            f"the first {leaked[0]!r}; pretrain on this --data folder as a whole, which holds them out, "
-            "or give --allow-leak to see the number that is not to be believed"
+            f"the encoder was pretrained on {len(leaked)} of the {len(task.part('test')[0])} test "
+            f"pictures of {task.name}, the first is {leaked[0]!r}; pretrain with the same --data, "
+            "which holds them out, or give --allow-leak for a figure not to be believed"
         )
     return leaked
-
-
-def seen_by_head(collection: data.Collection, task: data.Task) -> Tensor:
-    """(n, 16) uint8 hashes of the pictures the head was trained and chosen on."""
-    used = np.isin(task.split, ("train", "val"))
-    return torch.from_numpy(collection.pictures.hashes[task.rows[used]])
 
 
 def fit_probe(
     h: Tensor, task: data.Task, settings: heads.Probing, name: str
 ) -> tuple[heads.CosineMLP, list[dict], np.ndarray]:
-    """Train one head on features h (n, E) of the task's pictures.
+    """Train a head on the features h (n, E) of the task's pictures.
 
     Returns:
-        (the head, one record an epoch, the test part's probabilities (N, K) float64)
+        (the head, a record for each epoch, probabilities (N, K) of the test part)
     """
     labels = torch.from_numpy(task.labels)
-    part = {p: torch.from_numpy(task.split == p) for p in ("train", "val", "test")}
-    torch.manual_seed(settings.seed)
+    train, val, test = (torch.from_numpy(task.split == p) for p in ("train", "val", "test"))
+    torch.manual_seed(settings.seed)  # the head's first weights
     head = heads.CosineMLP(h.shape[1], len(task.classes))
-    train, val = ((h[part[p]], labels[part[p]]) for p in ("train", "val"))
-    epochs = heads.train_probe(head, train, val, settings)
-    records = list(tqdm(epochs, f"head on {name}", settings.epochs, unit="epoch", leave=False))
-    return head, records, heads.probabilities(head, h[part["test"]]).numpy()
+    epochs = heads.train_probe(head, (h[train], labels[train]), (h[val], labels[val]), settings)
+    records = list(tqdm(epochs, f"head, {name}", settings.epochs, unit="epoch", leave=False))
+    return head, records, heads.probabilities(head, h[test]).numpy()
 
 
 def measure(task: data.Task, probs: np.ndarray) -> dict:
     """The metrics of the test part's probabilities (N, K), with their intervals."""
     _, labels, groups = task.part("test")
-    return {
-        **evaluate.classification_metrics(labels, probs, task.classes),
-        "n_groups": len(np.unique(groups)),
-        "ci95": evaluate.group_bootstrap(labels, probs, groups),
-    }
-
-
-def results_text(results: dict[str, dict], leaked: list[str]) -> str:
-    """report.txt: the classification report, and a row with intervals for each representation."""
-    first = next(iter(results.values()))
-    lines = [evaluate.classification_report(first)]
-    columns = ("accuracy", "balanced_accuracy", "macro_f1", "auroc")
-    lines.append(f"{'':20}" + "".join(f"{c.replace('_', ' '):>21}" for c in columns))
-    for name, result in results.items():
-        cells = []
-        for c in columns:
-            value, interval = result[c], result["ci95"][c]
-            text = "n/a" if value is None else f"{value:.3f}"
-            text += f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
-            cells.append(f"{text:>21}")
-        lines.append(f"{name:20}" + "".join(cells))
-    lines.append(
-        f"test part: {first['n']:,} pictures of {first['n_groups']:,} groups; "
-        "95 % intervals from resampling groups"
-    )
-    if leaked:
-        lines.append(leak_caption(leaked))
-    return "\n".join(lines) + "\n"
-
-
-def leak_caption(leaked: list[str]) -> str:
-    """The warning that every output of a leaked result carries; '' for an honest one."""
-    return f"LEAKED: the encoder has seen {len(leaked)} of the test pictures" if leaked else ""
+    metrics = evaluate.classification_metrics(labels, probs, task.classes)
+    intervals = evaluate.group_bootstrap(labels, probs, groups)
+    return {"n_groups": len(np.unique(groups)), **metrics, "ci95": intervals}
 
 
 def write_results(
     out: Path,
     collection: data.Collection,
     task: data.Task,
-    metrics: dict,
+    results: dict[str, dict],
     probs: np.ndarray,
-    records: list[dict],
-    report: str,
+    caption: str,
 ) -> None:
-    """Write metrics.json, report.txt, splits.csv, predictions.csv, confusion.png and curve.png."""
+    """Print and write what was measured on the test part.
+
+    Args:
+        results: by representation, `measure` of it; the first is the encoder in question.
+        probs: (N, K) of the first.
+        caption: the warning of a leaked result, '' for an honest one; it goes into every output.
+    """
+    measured, untrained, pixels = results.values()
+    metrics = {"task": task.name, "classes": list(task.classes), **measured}
+    metrics |= {"baseline": untrained, "raw_pixels": pixels}
+    metrics |= {"split": task.notes, "leaked": bool(caption)}
     write_json(out / "metrics.json", metrics)
+    report = (
+        f"{evaluate.classification_report(measured)}\n{evaluate.comparison_table(results)}"
+        f"{measured['n']:,} test pictures of {measured['n_groups']:,} groups; 95 % intervals "
+        f"from resampling groups\n{caption}".rstrip()
+        + "\n"
+    )
     write_text(out / "report.txt", report)
+    print(report, end="")
     header = ["path", "label", "group", "split", "pixel_hash"]
     write_csv(out / "splits.csv", header, collection.split_table(task))
-    rows, labels, groups = task.part("test")
+    header = ["path", "group", "label", "prediction", *(f"p_{name}" for name in task.classes)]
     predictions = [
         (collection.pictures.paths[r], g, task.classes[k], task.classes[p.argmax()])
         + tuple(f"{value:.9g}" for value in p)
-        for r, k, g, p in zip(rows, labels, groups, probs, strict=True)
+        for r, k, g, p in zip(*task.part("test"), probs, strict=True)
     ]
-    header = ["path", "group", "label", "prediction", *(f"p_{c}" for c in task.classes)]
     write_csv(out / "predictions.csv", header, predictions)
-    caption = report.splitlines()[-1] if metrics["leaked"] else ""
     title = f"{task.name}, test part: accuracy {metrics['accuracy']:.3f}"
-    picture = evaluate.confusion_picture(metrics["confusion_matrix"], task.classes, title, caption)
+    matrix = metrics["confusion_matrix"]
+    picture = evaluate.confusion_picture(matrix, task.classes, title, caption)
     write_picture(out / "confusion.png", picture)
-    panels = {
-        "cross-entropy (nats)": {
-            "train": [r["train_loss"] for r in records],
-            "val": [r["val_loss"] for r in records if r["val_loss"] is not None],
-        },
-        "val accuracy": {"val": [r["val_accuracy"] for r in records if r["val_loss"] is not None]},
-    }
-    write_picture(out / "curve.png", evaluate.curve_picture(panels, f"Probe, {task.name}", caption))
+
+
+def write_training(out: Path, records: list[dict], title: str, caption: str) -> None:
+    """Write log.jsonl and curve.png of a head's training."""
+    write_log(out / "log.jsonl", records)
+    scored = [r for r in records if r["val_loss"] is not None]
+    losses = {"train": [r["train_loss"] for r in records], "val": [r["val_loss"] for r in scored]}
+    accuracy = {"val": [r["val_accuracy"] for r in scored]}
+    panels = {"cross-entropy (nats)": losses, "accuracy": accuracy}
+    write_picture(out / "curve.png", evaluate.curve_picture(panels, title, caption))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -485,8 +454,8 @@ class Parser(argparse.ArgumentParser):
     """Reports a mistyped command as every other mistake is reported: one line, exit status 2."""
 
     def error(self, message: str) -> None:
-        """Raise instead of printing the usage."""
-        raise data.UserError(f"{message}; see python {self.prog} --help")
+        """Raise, where argparse would print the usage."""
+        raise data.UserError(f"{message}; see: python {self.prog} --help")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -496,103 +465,82 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """An argparse type: a whole number not below `low`."""
-
-    def whole_number(text: str) -> int:
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is too small, the least is {low}")
-        return int(text)
-
-    return whole_number
+def at_least(low: int, text: str) -> int:
+    """An argparse type, with `low` bound by partial: a whole number not below `low`."""
+    if not text.isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} up")
+    return int(text)
 
 
 def positive(text: str) -> float:
     """An argparse type: a number above 0."""
     if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return float(text)
 
 
-def build_parser() -> Parser:
-    """One parser, one subcommand a stage; flags that commands share are declared once."""
-    parser = Parser(
-        prog="main.py", description="SimCLR for brain scans, by hand, in plain PyTorch."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
+def shared_flags() -> Parser:
+    """The flags of every command that computes."""
     shared = Parser(add_help=False)
-    group = shared.add_argument_group("data and output")
-    group.add_argument(
-        "--data", type=Path, help="folder of scans, <task>/<class>/… below it; without it, phantoms"
-    )
-    group.add_argument("--out", type=Path, help="folder of this run; default: below runs/")
-    group = shared.add_argument_group("machine")
-    group.add_argument(
-        "--seed", type=at_least(0), default=0,
-        help="moves first weights, order, views and dropout, never the split",
-    )  # fmt: skip
-    group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-        help="auto takes CUDA, then Apple's MPS, then the CPU",
-    )  # fmt: skip
-    group.add_argument(
-        "--precision", choices=("auto", "bf16", "fp32"), default="auto",
-        help="auto takes bf16 where the machine computes it natively; the loss is float32 always",
-    )  # fmt: skip
+    flag = shared.add_argument_group("data and output").add_argument
+    flag("--data", type=Path, help="folder of scans, <task>/<class>/ below it; else phantoms")
+    flag("--out", type=Path, help="folder of this run; one below runs/ where not given")
+    flag = shared.add_argument_group("machine").add_argument
+    text = "moves first weights, order, views and dropout, never the split"
+    flag("--seed", type=partial(at_least, 0), default=0, help=text)
+    text = "auto takes CUDA, then Apple's MPS, then the CPU"
+    flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
+    text = "auto takes bf16 where the machine computes it natively; the loss stays float32"
+    flag("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=text)
+    return shared
 
-    def command(run: Callable, held_out: str) -> Parser:
+
+def build_parser() -> Parser:
+    """One parser, one subcommand a stage."""
+    description = "SimCLR for brain scans, by hand, in plain PyTorch."
+    parser = Parser(prog="main.py", description=description)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shared, published = shared_flags(), simclr.Pretraining()
+
+    def command(run: Callable, held_out: str) -> Callable:
         summary = run.__doc__.splitlines()[0]
         sub = commands.add_parser(
-            run.__name__, parents=[shared], help=summary, formatter_class=HelpFormatter,
+            run.__name__,
+            parents=[shared],
+            help=summary,
+            formatter_class=HelpFormatter,
             description=f"{summary} Held out: {held_out}",
-        )  # fmt: skip
+        )
         sub.set_defaults(run=run)
-        return sub
+        return sub.add_argument_group("model and optimisation").add_argument
 
-    sub = command(pretrain, "the val and test groups of every task below --data.")
-    group = sub.add_argument_group("model and optimisation")
+    flag = command(pretrain, "the val and test groups of every task below --data.")
+    text = "encoder; resnet50 takes about three times as long"
+    flag("--arch", choices=tuple(simclr.ARCHITECTURES), default="resnet18", help=text)
+    for name, low, text in (
+        ("image_size", 32, "side of the square pictures, in pixels"),
+        ("batch_size", 2, "slices a step; more negatives, more memory"),
+        ("epochs", 0, "passes over the pictures; 0 leaves random weights"),
+    ):
+        text += f" (default: {PUBLISHED_SIZES[name]}; {PHANTOM_DEFAULTS[name]} on phantoms)"
+        flag(f"--{name.replace('_', '-')}", type=partial(at_least, low), help=text)
+    text = "learning rate at the start; halve it if the loss turns NaN"
+    flag("--lr", type=positive, default=published.lr, help=text)
+    text = "softmax scale of NT-Xent in cosine units; lower stresses the hardest negatives"
+    flag("--temperature", type=positive, default=published.temperature, help=text)
 
-    def sized(flag: str, published: int, low: int, text: str) -> None:
-        phantoms = PHANTOM_DEFAULTS[flag[2:].replace("-", "_")]
-        text += f" (default: {published}; on phantoms {phantoms})"
-        group.add_argument(flag, type=at_least(low), help=text)
-
-    group.add_argument(
-        "--arch", choices=tuple(simclr.ARCHITECTURES), default="resnet18",
-        help="encoder; resnet50 costs about three times as much a step",
-    )  # fmt: skip
-    sized("--image-size", IMAGE_SIZE, 32, "side of the square pictures, in pixels")
-    sized("--batch-size", simclr.Pretraining.batch_size, 2,
-          "slices a step; more give more negatives and take more memory")  # fmt: skip
-    sized("--epochs", simclr.Pretraining.epochs, 0,
-          "passes over the pictures; 0 leaves the untrained network")  # fmt: skip
-    group.add_argument(
-        "--lr", type=positive, default=simclr.Pretraining.lr,
-        help="learning rate at the start; halve it if the loss turns NaN",
-    )  # fmt: skip
-    group.add_argument(
-        "--temperature", type=positive, default=simclr.Pretraining.temperature,
-        help="softmax scale of NT-Xent in cosine units; lower stresses the hardest negatives",
-    )  # fmt: skip
-
-    sub = command(probe, "the test part of the task, opened once; val chooses the epoch.")
-    group = sub.add_argument_group("model and optimisation")
-    group.add_argument("--task", required=True, help="folder below --data, such as tumor")
-    group.add_argument("--encoder", type=Path, help="default: pretrain/encoder.pt among the runs")
-    group.add_argument(
-        "--epochs", type=at_least(0), default=heads.Probing.epochs,
-        help="passes of the head over the features",
-    )  # fmt: skip
-    group.add_argument(
-        "--allow-leak", action="store_true",
-        help="go on although the encoder has seen test pictures; every output then says so",
-    )  # fmt: skip
+    flag = command(probe, "the test part, opened once; the val part chooses the epoch.")
+    flag("--task", required=True, help="folder below --data, such as tumor")
+    flag("--encoder", type=Path, help="where pretrain/encoder.pt of the same data is not meant")
+    text = "passes of the head over the features"
+    flag("--epochs", type=partial(at_least, 0), default=heads.Probing.epochs, help=text)
+    text = "go on although the encoder has seen test pictures; every output then says so"
+    flag("--allow-leak", action="store_true", help=text)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit status is 0, or 2 for a mistake that one line on stderr explains."""
+    """Run one command; status 0, or 2 for a mistake that one line on standard error explains."""
     try:
         args = build_parser().parse_args(argv)
         args.run(args)

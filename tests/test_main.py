@@ -1,0 +1,255 @@
+"""main.py: both commands from end to end, what they leave behind, and what they refuse."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import heads
+import main
+import simclr
+
+HERE = Path(main.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def small_world(tmp_path, monkeypatch):
+    """Few, small phantoms, and an empty folder to run in."""
+    monkeypatch.setattr(data, "PHANTOM_PATIENTS", 8)
+    sizes = {"image_size": 32, "batch_size": 32, "epochs": 2}
+    monkeypatch.setattr(main, "PHANTOM_DEFAULTS", sizes)
+    monkeypatch.chdir(tmp_path)
+
+
+def rows_of(path: str) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def plant(root: Path, task: str = "mine", patients: int = 8, seed: int = 0) -> None:
+    """Two classes of random pictures, two slices a patient."""
+    rng = np.random.default_rng(seed)
+    for class_ in ("sick", "well"):
+        for patient in range(patients):
+            for i in range(2):
+                path = root / task / class_ / f"sub-{class_}{patient}" / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8)).save(path)
+
+
+def refused(capsys, *words: str) -> str:
+    """Run a command that must fail; the one line it says."""
+    capsys.readouterr()
+    assert main.main(list(words)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
+
+
+# --- both commands -----------------------------------------------------------------------------
+
+
+def test_pretrain_then_probe_writes_every_artifact(capsys):
+    assert main.main(["pretrain"]) == 0
+    out = capsys.readouterr().out
+    assert "held out of pretraining" in out and "next: python main.py probe --task tumor" in out
+    run = Path("runs/phantoms/pretrain")
+    assert {p.name for p in run.iterdir()} == {
+        "config.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "curve.png"
+    }  # fmt: skip
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records] == [1, 2]
+    assert set(records[0]) == {
+        "epoch", "loss", "lr", "contrastive_accuracy", "embedding_std", "images_per_second", "seconds"
+    }  # fmt: skip
+    encoder = torch.load(run / "encoder.pt", weights_only=True)
+    assert set(encoder) == {
+        "arch", "encoder", "feature_dim", "image_size", "mean", "std", "epoch", "config", "seen"
+    }  # fmt: skip
+    assert encoder["encoder"]["conv1.weight"].shape == (64, 1, 7, 7)
+    assert encoder["seen"].shape == (encoder["config"]["pictures"], 16)
+    assert encoder["seen"].dtype == torch.uint8 and isinstance(encoder["mean"], float)
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert set(checkpoint) == {"encoder", "projection_head", "optimizer", "epoch", "config"}
+
+    assert main.main(["probe", "--task", "tumor", "--epochs", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "f1-score" in out and "untrained encoder" in out and "raw 32x32 pixels" in out
+    run = Path("runs/phantoms/probe-tumor")
+    assert {p.name for p in run.iterdir()} == {
+        "config.json", "log.jsonl", "classifier.pt", "splits.csv", "predictions.csv",
+        "metrics.json", "report.txt", "confusion.png", "curve.png",
+    }  # fmt: skip
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["task"] == "tumor" and metrics["leaked"] is False
+    assert metrics["classes"] == ["glioma", "meningioma", "notumor", "pituitary"]
+    assert set(metrics["ci95"]) == {"accuracy", "balanced_accuracy", "macro_f1", "auroc"}
+    assert metrics["ci95"]["accuracy"][0] <= metrics["accuracy"] <= metrics["ci95"]["accuracy"][1]
+    assert metrics["baseline"]["n"] == metrics["n"] == np.sum(metrics["confusion_matrix"])
+    assert (run / "report.txt").read_text() in out
+    config = json.loads((run / "config.json").read_text())
+    assert config["phantoms"] is True and len(config["fingerprint"]) == 64
+
+
+def test_predictions_and_splits_say_what_the_metrics_say():
+    """From the written tables alone: the score, and that no group is on two sides."""
+    main.main(["pretrain", "--epochs", "0"])
+    main.main(["probe", "--task", "stroke", "--epochs", "3"])
+    predictions = rows_of("runs/phantoms/probe-stroke/predictions.csv")
+    metrics = json.loads(Path("runs/phantoms/probe-stroke/metrics.json").read_text())
+    right = [row["label"] == row["prediction"] for row in predictions]
+    assert metrics["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert metrics["n_groups"] == len({row["group"] for row in predictions})
+    for row in predictions:
+        probs = {name: float(row[f"p_{name}"]) for name in metrics["classes"]}
+        assert (
+            sum(probs.values()) == pytest.approx(1)
+            and max(probs, key=probs.get) == row["prediction"]
+        )
+    splits = rows_of("runs/phantoms/probe-stroke/splits.csv")
+    assert list(splits[0]) == ["path", "label", "group", "split", "pixel_hash"]
+    assert {r["path"] for r in splits if r["split"] == "test"} == {r["path"] for r in predictions}
+    sides: dict[str, set[str]] = {}
+    for row in splits:
+        sides.setdefault(row["group"], set()).add(row["split"])
+    assert all(len(parts) == 1 for parts in sides.values())
+    encoder = torch.load("runs/phantoms/pretrain/encoder.pt", weights_only=True)
+    seen = {row.numpy().tobytes().hex() for row in encoder["seen"]}
+    held = {row["pixel_hash"] for row in splits if row["split"] in ("val", "test")}
+    assert held and not held & seen
+    assert {row["pixel_hash"] for row in splits if row["split"] == "train"} <= seen
+
+
+def test_a_classifier_is_all_that_using_it_needs():
+    """Encoder and head rebuilt from classifier.pt alone give the written probabilities."""
+    main.main(["pretrain", "--epochs", "1"])
+    main.main(["probe", "--task", "ms", "--epochs", "3"])
+    encoder, checkpoint = simclr.load_encoder(Path("runs/phantoms/probe-ms/classifier.pt"))
+    head = heads.CosineMLP(checkpoint["feature_dim"], len(checkpoint["classes"]))
+    head.load_state_dict(checkpoint["head"])
+    rows = rows_of("runs/phantoms/probe-ms/predictions.csv")[:6]
+    squares = [data.fit_square(data.draw_phantom(r["path"])[0], 32) for r in rows]
+    scaling = {"mean": checkpoint["mean"], "std": checkpoint["std"]}
+    h = simclr.encode(encoder, np.stack(squares), **scaling, device=torch.device("cpu"))
+    probs = heads.probabilities(head, h).numpy()
+    written = [[float(row[f"p_{name}"]) for name in checkpoint["classes"]] for row in rows]
+    assert np.allclose(probs, written, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", sorted(data.KNOWN_TASKS))
+def test_every_task_of_the_phantoms_can_be_probed(task):
+    main.main(["pretrain", "--epochs", "0"])
+    assert main.main(["probe", "--task", task, "--epochs", "1"]) == 0
+
+
+def test_real_folders_go_through_both_commands_and_batches_shrink(tmp_path, capsys):
+    plant(tmp_path / "scans")
+    size = ["--image-size", "32"]
+    assert main.main(["pretrain", "--data", "scans", "--epochs", "1", *size]) == 0
+    out = capsys.readouterr().out
+    assert "the batch shrinks from 512 to the 24 pictures" in out
+    assert "next: python main.py probe --data scans --task mine" in out
+    assert main.main(["probe", "--data", "scans", "--task", "mine", "--epochs", "2"]) == 0
+    assert not (tmp_path / "scans" / "runs").exists()
+    assert json.loads(Path("runs/probe-mine/config.json").read_text())["phantoms"] is False
+
+
+def test_no_validation_group_in_a_class_of_two_patients_still_probes(tmp_path):
+    plant(tmp_path / "scans", patients=2)
+    main.main(["pretrain", "--data", "scans", "--epochs", "0", "--image-size", "32"])
+    assert main.main(["probe", "--data", "scans", "--task", "mine", "--epochs", "2"]) == 0
+
+
+def test_the_split_is_the_same_for_every_seed(tmp_path):
+    plant(tmp_path / "scans")
+    tables = []
+    for seed in ("0", "1"):
+        flags = ["--data", "scans", "--seed", seed]
+        main.main(["pretrain", *flags, "--epochs", "0", "--image-size", "32"])
+        main.main(["probe", *flags, "--task", "mine", "--epochs", "1"])
+        tables.append(Path("runs/probe-mine/splits.csv").read_text())
+    assert tables[0] == tables[1]
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+def test_a_leaked_test_part_is_refused_and_with_allow_leak_marked_everywhere(tmp_path, capsys):
+    """Pretrained on the same pictures as a flat folder, so that nothing was held out."""
+    plant(tmp_path / "scans")
+    flat = tmp_path / "flat" / "all"
+    flat.mkdir(parents=True)
+    for i, path in enumerate(sorted((tmp_path / "scans").rglob("*.png"))):
+        (flat / f"{i}.png").write_bytes(path.read_bytes())
+    main.main(["pretrain", "--data", "flat", "--epochs", "0", "--image-size", "32"])
+    probe = ("probe", "--data", "scans", "--task", "mine", "--epochs", "1")
+    assert "pretrained on 4 of the 4 test pictures" in refused(capsys, *probe)
+    assert main.main([*probe, "--allow-leak"]) == 0
+    for name in ("config.json", "metrics.json"):
+        assert json.loads(Path(f"runs/probe-mine/{name}").read_text())["leaked"] is True
+    assert "LEAKED" in Path("runs/probe-mine/report.txt").read_text()
+    red = np.asarray(Image.open("runs/probe-mine/confusion.png")).astype(int)
+    assert ((red[..., 0] - red[..., 1] > 120) & (red[..., 2] < 100)).any()  # the caption
+
+
+def test_mistakes_are_one_line_that_says_what_to_do(tmp_path, capsys):
+    assert "main.py pretrain" in refused(capsys, "probe", "--task", "tumor")
+    assert "not a folder" in refused(capsys, "pretrain", "--data", "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no pictures below" in refused(capsys, "pretrain", "--data", "empty")
+    main.main(["pretrain", "--epochs", "0"])
+    assert "found: alzheimer, ms" in refused(capsys, "probe", "--task", "liver")
+    assert "--help" in refused(capsys, "probe")
+    assert "whole number from 2" in refused(capsys, "pretrain", "--batch-size", "1")
+    assert "not a number above 0" in refused(capsys, "pretrain", "--lr", "0")
+    (tmp_path / "one").mkdir()
+    Image.new("L", (40, 40), 9).save(tmp_path / "one" / "1.png")
+    assert "takes at least 2" in refused(capsys, "pretrain", "--data", "one")
+    assert "start the command from another folder" in refused(capsys, "pretrain", "--data", ".")
+    flat = ("probe", "--data", "one", "--task", "one")
+    encoder = ("--encoder", "runs/phantoms/pretrain/encoder.pt")
+    assert "two or more class folders" in refused(capsys, *flat, *encoder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is missing")
+def test_a_missing_device_is_named(capsys):
+    assert "no cuda device" in refused(capsys, "pretrain", "--device", "cuda")
+
+
+# --- from outside ------------------------------------------------------------------------------
+
+
+def test_without_torchvision_the_command_still_runs_and_a_mistake_exits_with_2(tmp_path):
+    """A real process, with a torchvision that fails to import, as a mismatched build does."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "torchvision.py").write_text("raise ImportError('mismatched build')")
+    scans = tmp_path / "scans"
+    plant(scans, patients=3)
+    env = os.environ | {"PYTHONPATH": str(broken)}
+    words = [sys.executable, str(HERE / "main.py"), "pretrain", "--epochs", "1"]
+    words += ["--image-size", "32", "--data"]
+    done = subprocess.run([*words, "scans"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/pretrain/encoder.pt").exists()
+    done = subprocess.run([*words, "no"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip().startswith("error: no is not a folder")
+
+
+def test_importing_the_modules_is_silent_and_draws_no_random_number():
+    code = (
+        "import torch; before = torch.get_rng_state(); "
+        "import data, simclr, evaluate, heads, main; "
+        "assert torch.equal(before, torch.get_rng_state())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
