@@ -159,7 +159,9 @@ def list_pictures(root: Path) -> tuple[list[str], int]:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        pictures = [p for name in files if is_picture(p := os.path.join(folder, name))]
+        # macOS leaves a hidden ._name.jpg beside name.jpg, which is none.
+        shown = [os.path.join(folder, name) for name in files if not name.startswith(".")]
+        pictures = [path for path in shown if is_picture(path)]
         found += [Path(path).relative_to(root).as_posix() for path in pictures]
         others += len(files) - len(pictures)
     return sorted(found), others

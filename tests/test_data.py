@@ -217,16 +217,23 @@ def test_squares_keep_the_aspect_ratio_and_are_padded_black():
     assert (data.fit_square(np.full((3, 3), 9, np.uint8), 64) == 9).all()
 
 
+def test_thumbnails_average_areas():
+    """Bilinear or nearest pixels would link strangers into chains of twins."""
+    blocks = head(0, 64).reshape(32, 2, 32, 2).mean(axis=(1, 3))
+    assert np.abs(data.thumbnail(head(0, 64)) - blocks).max() <= 0.5
+
+
 def test_unreadable_pictures_are_named_and_left_out_until_they_are_too_many(tmp_path):
     root = tmp_path / "scans"
     for i in range(6):
         save(root / "a" / f"{i}.png", head(i))
     (root / "a" / "broken.png").write_bytes(b"\x89PNG, but no more")
     (root / "a" / "README").write_text("not a picture")
+    (root / "a" / "._0.png").write_text("what macOS leaves behind")
     collection = read(root, tmp_path)
     row = collection.pictures.paths.index("a/broken.png")
     assert list(collection.pictures.unreadable) == [row]
-    assert collection.other_files == 1
+    assert collection.other_files == 2
     assert row not in collection.pretraining_rows() and len(collection.pretraining_rows()) == 6
     for i in range(6):
         (root / "a" / f"broken{i}.png").write_bytes(b"")
@@ -449,9 +456,12 @@ def test_twins_with_different_labels_are_dropped_and_counted(tmp_path):
     plant(root, slices=1)
     save(root / "mine/sick/odd.png", head(5))
     save(root / "mine/well/odd.png", head(5)[:, ::-1])  # also twins of sick/05_0
-    task = read(root, tmp_path).task("mine")
+    collection = read(root, tmp_path)
+    task = collection.task("mine")
     assert task.notes["dropped_for_a_twin_with_another_label"] == 3
     assert len(task.notes["dropped_paths"]) == 3
+    dropped = task.rows[task.split == "dropped"]
+    assert not np.isin(dropped, collection.pretraining_rows()).any()
 
 
 def test_pretraining_never_sees_a_held_out_group_of_any_task(tmp_path):

@@ -80,6 +80,8 @@ def test_closed_forms_of_perfect_uniform_and_overconfident_predictions():
     assert perfect["ece"] == perfect["nll"] == 0
     uniform = evaluate.classification_metrics(labels, np.full((20, 4), 0.25))
     assert uniform["nll"] == pytest.approx(math.log(4)) and uniform["auroc"] == 0.5
+    edge = np.array([[0.6, 0.4], [0.65, 0.35]])  # 0.6 belongs to the bin that ends there
+    assert evaluate.expected_calibration_error(np.array([0, 1]), edge) == pytest.approx(0.525)
     sure = np.tile([0.8, 0.2], (10, 1))
     assert evaluate.expected_calibration_error(np.zeros(10, int), sure) == pytest.approx(0.2)
 
