@@ -89,7 +89,14 @@ def seed_from(*key: int) -> int:
     """One 63-bit seed from several whole numbers, such as (seed, epoch, step).
 
     Every step asks for its own seed instead of going on with a running stream. So a resumed run
-    needs no generator state, and the step's numbers do not depend on what ran before it.
+    needs no generator state, and the step's numbers do not depend on what ran before it. NumPy's
+    SeedSequence mixes the numbers, so that neighbouring steps get unrelated streams.
+
+    Args:
+        key: whole numbers >= 0; always as many, since a missing one counts as 0.
+
+    Returns:
+        In [0, 2^63), what torch.manual_seed takes.
     """
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -304,24 +311,40 @@ def read_gray(path: str | Path) -> np.ndarray:
 
 
 def fit_square(gray: np.ndarray, size: int) -> np.ndarray:
-    """Resize (H, W) uint8 so that its long side is `size`, and pad it black to (size, size)."""
+    """Resize a picture so that its long side is `size`, and pad it black to a square.
+
+    The aspect ratio is kept: a head squashed to a square would teach the encoder the scanner's
+    picture format.
+
+    Args:
+        gray: (H, W) uint8.
+        size: S > 0, pixels.
+
+    Returns:
+        (S, S) uint8; black columns or rows lie evenly on both sides.
+    """
     H, W = gray.shape
     long = max(H, W)
     h, w = max(1, round(H * size / long)), max(1, round(W * size / long))
-    resized = Image.fromarray(gray).resize(
-        (w, h), Image.Resampling.BILINEAR
-    )  # PIL's is antialiased
     square = np.zeros((size, size), np.uint8)
     top, left = (size - h) // 2, (size - w) // 2
+    # PIL's bilinear widens its window when it shrinks, so fine structure is averaged, not skipped.
+    resized = Image.fromarray(gray).resize((w, h), Image.Resampling.BILINEAR)
     square[top : top + h, left : left + w] = resized
     return square
 
 
 def thumbnail(gray: np.ndarray) -> np.ndarray:
-    """The whole decoded picture, squashed to (32, 32) uint8 by area averaging.
+    """The whole decoded picture, squashed to 32x32 by area averaging.
 
     It is made from the original, so that groups and splits do not depend on --image-size. Area
     averaging matters: bilinear interpolation blurs strangers into chains of "twins".
+
+    Args:
+        gray: (H, W) uint8.
+
+    Returns:
+        (32, 32) uint8, the aspect ratio not kept: padding would look alike in strangers.
     """
     return np.asarray(Image.fromarray(gray).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
 
@@ -481,15 +504,21 @@ def near_duplicate_groups(thumbnails: np.ndarray, threshold: float = TWIN_COSINE
 
 
 def copy_pairs(pictures: Pictures) -> np.ndarray:
-    """(m, 2) int64: each readable picture, and the first one that has exactly the same pixels.
+    """Each readable picture, and the first one with exactly the same pixels.
 
-    Twins find nearly all of these; pictures of one colour have no direction and need this.
+    `twin_pairs` finds nearly all of these; pictures of a single colour have no direction that a
+    cosine could compare, and need this.
+
+    Returns:
+        (m, 2) int64 rows; a picture without a copy is paired with itself.
     """
-    rows = np.array([r for r in range(len(pictures.paths)) if r not in pictures.unreadable])
-    _, first, same = np.unique(
-        pictures.hashes[rows], axis=0, return_index=True, return_inverse=True
-    )
-    return np.stack([rows[first[same.reshape(-1)]], rows], axis=1)
+    first: dict[bytes, int] = {}
+    pairs = [
+        (first.setdefault(key.tobytes(), row), row)
+        for row, key in enumerate(pictures.hashes)
+        if row not in pictures.unreadable
+    ]
+    return np.array(pairs, np.int64).reshape(-1, 2)
 
 
 def patient_pairs(paths: list[str], sources: list[Source]) -> np.ndarray:
@@ -534,7 +563,14 @@ class Task:
     notes: dict  # how the split was made, what was dropped and why
 
     def part(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The (rows, labels, groups) of one part: 'train', 'val' or 'test'."""
+        """One part of the task.
+
+        Args:
+            name: 'train', 'val' or 'test'.
+
+        Returns:
+            rows, labels, groups: (m,) int64 each.
+        """
         chosen = self.split == name
         return self.rows[chosen], self.labels[chosen], self.groups[chosen]
 
@@ -581,9 +617,12 @@ def split_by_group(
         free &= ~touched
     given = set(parts[~clash])
     test_share, val_share = (0.0 if part in given else 0.15 for part in ("test", "val"))
-    # Deal the groups out class by class, in an order that only their pixels decide.
+    # Deal the groups out class by class, in an order that only their pixels decide. A group of
+    # several labels counts with its commonest.
     _, local = np.unique(groups, return_inverse=True)
-    published = np.zeros(local.max(initial=-1) + 1, bool)
+    published = np.zeros(
+        local.max(initial=-1) + 1, bool
+    )  # (groups,), True = has a publisher's part
     published[local[parts == "train"]] = True
     votes = np.zeros((len(published), labels.max(initial=0) + 1), np.int64)
     np.add.at(votes, (local[free], labels[free]), 1)
@@ -592,9 +631,8 @@ def split_by_group(
         lowest[local[i]] = min(keys[i], lowest.get(local[i], keys[i]))
     order = sorted(lowest, key=lambda g: hashlib.sha256(SPLIT_SEED + lowest[g]).digest())
     for label in range(votes.shape[1]):
-        for ours in (True, False):
-            mine = [g for g in order if votes[g].argmax() == label and published[g] != ours]
-            shares = (0.15, 0.15) if ours else (test_share, val_share)
+        for kind, shares in ((False, (0.15, 0.15)), (True, (test_share, val_share))):
+            mine = [g for g in order if votes[g].argmax() == label and published[g] == kind]
             n_test, n_val = allot(len(mine), *shares)
             split[free & np.isin(local, mine[:n_test])] = "test"
             split[free & np.isin(local, mine[n_test : n_test + n_val])] = "val"
@@ -607,8 +645,10 @@ def make_task(
     """Pool the sources of one task and split them (`split_by_group`).
 
     Args:
-        groups: (n,) int64 over all pictures.
-        pairs: (m, 2) int64 twins over all pictures.
+        sources: all of this task, with the same classes.
+        groups: (n,) int64 over all pictures of the data folder.
+        pairs: (m, 2) int64 twins and copies; those of two labels contradict each other, and since
+            nobody can say which one is right, both are dropped.
     """
     classes = sources[0].classes
     listed = [
@@ -672,13 +712,22 @@ def phantom_paths() -> list[str]:
 
 
 class Head:
-    """A slice being drawn: where each pixel lies in the head, and the gray values so far.
+    """A slice being drawn: whose it is, where each pixel lies in the head, the gray values so far.
 
     u runs to the viewer's right, v down, r from 0 in the middle to 1 on the scalp; each is
-    (128, 128) float32 in units of the head's half length.
+    (128, 128) float32 in units of the head's half length. `person` draws what belongs to the
+    patient and is the same in all his slices, `moment` what belongs to the slice.
     """
 
-    def __init__(self, person: np.random.Generator, moment: np.random.Generator, level: float):
+    def __init__(self, path: str) -> None:
+        self.task, self.class_, patient, slice_ = path.split("/")
+        self.stage = KNOWN_TASKS[self.task].classes.index(self.class_)  # 0 = the first class
+        whose = f"{self.task}/{self.class_}/{patient}"
+        self.person = person = np.random.default_rng(zlib.crc32(whose.encode()))
+        self.moment = moment = np.random.default_rng(zlib.crc32(path.encode()))
+        height = (int(slice_) + 0.5) / PHANTOM_SLICES * 2 - 1
+        self.level = level = height + moment.normal(0, 0.08)  # -1 low in the head, 1 high
+        self.tissues = (np.array(PHANTOM_TISSUES[self.task]) * person.normal(1, 0.08, 5)).tolist()
         axis = (np.arange(PHANTOM_SIZE, dtype=np.float32) + 0.5) / PHANTOM_SIZE * 2 - 1
         self.x, self.y = np.meshgrid(axis, axis)
         tilt = person.normal(0, 0.10) + moment.normal(0, 0.02)  # radians
@@ -695,6 +744,8 @@ class Head:
         self.r = np.hypot(self.u / self.a, self.v / self.b) * (1 + bumps)
         self.gray = np.zeros_like(self.r)
         self.lesion = np.zeros(self.r.shape, bool)
+        expected = self.stage / 3 if self.task == "alzheimer" else 0
+        self.atrophy = max(0.0, expected + person.normal(0, 0.12))  # 0 healthy, 1 severe
 
     def ellipse(self, cu: float, cv: float, ru: float, rv: float, turn: float = 0) -> np.ndarray:
         """Signed depth inside an ellipse: positive inside, 0 on the rim, in units of r."""
@@ -723,37 +774,28 @@ def draw_phantom(path: str) -> tuple[np.ndarray, np.ndarray]:
         (image (128, 128) uint8, lesion (128, 128) bool, True = diseased). In Alzheimer's disease
         nothing is added; the mask is what changes size, the ventricles and hippocampi.
     """
-    task, class_, patient, slice_ = path.split("/")
-    person = np.random.default_rng(zlib.crc32(f"{task}/{class_}/{patient}".encode()))
-    moment = np.random.default_rng(zlib.crc32(path.encode()))
-    stage = KNOWN_TASKS[task].classes.index(class_)
-    level = (int(slice_) + 0.5) / PHANTOM_SLICES * 2 - 1 + moment.normal(0, 0.08)  # -1 low, 1 high
-    tissues = (np.array(PHANTOM_TISSUES[task]) * person.normal(1, 0.08, 5)).tolist()
-    head = Head(person, moment, level)
-    atrophy = max(0.0, (stage / 3 if task == "alzheimer" else 0) + person.normal(0, 0.12))
-    draw_brain(head, person, tissues, atrophy)
-    draw_deep_structures(head, person, tissues, atrophy, task, stage, level)
-    near = math.sqrt(max(0.3, 1 - (0.5 * level) ** 2))  # a lesion is widest in its middle slice
-    draw_lesion(head, person, tissues, class_, near)
+    head = Head(path)
+    draw_brain(head)
+    draw_deep_structures(head)
+    draw_lesion(head)
     # The scanner: gain that drifts across the head, contrast, and Rician noise, as MRI has it.
+    person, moment = head.person, head.moment
     drift = person.normal(0, 0.12, 3).astype(np.float32)
     gain = 1 + drift[0] * head.x + drift[1] * head.y + drift[2] * head.x * head.y
-    gray = np.clip(head.gray * gain, 0, 1.2) ** person.uniform(0.8, 1.25) * person.uniform(
-        0.8, 1.05
-    )
+    gray = np.clip(head.gray * gain, 0, 1.2) ** person.uniform(0.8, 1.25)
+    gray = gray * person.uniform(0.8, 1.05)
     noise = moment.normal(0, person.uniform(0.015, 0.05), (2, *gray.shape))
     gray = np.hypot(gray + noise[0], noise[1])
     return (np.clip(gray, 0, 1) * 255).astype(np.uint8), head.lesion
 
 
-def draw_brain(
-    head: Head, person: np.random.Generator, tissues: list[float], atrophy: float
-) -> None:
+def draw_brain(head: Head) -> None:
     """Scalp, skull, fluid, folded cortex, white matter and the cleft between the halves.
 
-    Atrophy (0 healthy, 1 severe) thins the cortex from outside and widens the furrows.
+    Atrophy thins the cortex from outside and widens the furrows.
     """
-    fat, bone, fluid, gray_matter, white_matter = tissues
+    fat, bone, fluid, gray_matter, white_matter = head.tissues
+    person, atrophy = head.person, head.atrophy
     r, angle, rim = head.r, head.angle, 0.86 - 0.03 * atrophy
     for edge, value in ((1.0, fat), (0.95, bone), (0.89, fluid), (rim, gray_matter)):
         head.paint(edge - r, value)
@@ -769,21 +811,14 @@ def draw_brain(
     head.paint(np.minimum(cleft, rim - r), fluid, 0.008)
 
 
-def draw_deep_structures(
-    head: Head,
-    person: np.random.Generator,
-    tissues: list[float],
-    atrophy: float,
-    task: str,
-    stage: int,
-    level: float,
-) -> None:
+def draw_deep_structures(head: Head) -> None:
     """Deep nuclei and ventricles; for Alzheimer's the hippocampi, for Parkinson's the midbrain."""
-    _, _, fluid, gray_matter, white_matter = tissues
-    size = person.uniform(0.75, 1.25) * (1 + 0.55 * atrophy) * (1 - 0.25 * level)
+    _, _, fluid, gray_matter, white_matter = head.tissues
+    person, atrophy, task = head.person, head.atrophy, head.task
+    size = person.uniform(0.75, 1.25) * (1 + 0.55 * atrophy) * (1 - 0.25 * head.level)
     healthy = gray_matter + person.uniform(0.15, 0.25)  # the nigra, bright until its cells die
     faded = white_matter + 0.2 * (healthy - white_matter)
-    ill = stage > 0 and task in ("alzheimer", "parkinson")
+    ill = head.stage > 0 and task in ("alzheimer", "parkinson")
     for side in (-1, 1):
         head.paint(head.ellipse(side * 0.24, 0.02, 0.10, 0.17, -side * 0.2), gray_matter, 0.02)
         if task == "parkinson":  # this low in the head the midbrain stands where the ventricles end
@@ -802,11 +837,11 @@ def draw_deep_structures(
     head.paint(head.ellipse(0, 0.05, 0.018 + 0.012 * atrophy, 0.10), fluid, 0.008)
 
 
-def draw_lesion(
-    head: Head, person: np.random.Generator, tissues: list[float], class_: str, near: float
-) -> None:
-    """What a disease adds: a tumour, an infarct, the lesions of multiple sclerosis; else nothing."""
-    _, _, fluid, gray_matter, white_matter = tissues
+def draw_lesion(head: Head) -> None:
+    """What a disease adds: a tumour, an infarct, lesions of multiple sclerosis; else nothing."""
+    _, _, fluid, gray_matter, white_matter = head.tissues
+    person, class_ = head.person, head.class_
+    near = math.sqrt(max(0.3, 1 - (0.5 * head.level) ** 2))  # widest in the lesion's middle slice
     inside, side, strength = 0.86 - head.r, person.choice([-1, 1]), person.uniform(0.6, 1.0)
     ragged = 0.03 * np.sin(9 * head.u + person.uniform(0, 6.3)) * np.sin(11 * head.v)
     if class_ == "glioma":  # in the white matter: ragged, swollen round it, bright rim, dead core
@@ -889,8 +924,8 @@ class Collection:
                 if not (task.labels[task.split == part] == label).any():
                     n = len(np.unique(task.groups[task.labels == label]))
                     raise UserError(
-                        f"class {class_!r} of task {name} has {n} group(s) and none is left for the "
-                        f"{part} part; a class needs pictures of at least two patients, because "
+                        f"class {class_!r} of task {name} has {n} group(s) and none is left for "
+                        f"the {part} part; a class needs pictures of at least two patients, since "
                         "splitting one patient's pictures would test on what was trained on"
                     )
         return task
@@ -905,7 +940,14 @@ class Collection:
         ]
 
     def seen_in_test(self, task: Task, seen: np.ndarray) -> list[str]:
-        """Paths of the task's test pictures whose hash is among `seen` (n, 16) uint8."""
+        """The test pictures that somebody has trained on, found by their pixels.
+
+        Args:
+            seen: (n, 16) uint8 hashes, as encoder.pt remembers them.
+
+        Returns:
+            The paths; they must be none for a score to count.
+        """
         known = {row.tobytes() for row in seen}
         rows, _, _ = task.part("test")
         return [self.pictures.paths[r] for r in rows if self.pictures.hashes[r].tobytes() in known]
@@ -915,6 +957,34 @@ class Collection:
         digest = hashlib.sha256("\n".join(self.pictures.paths).encode("utf8", "surrogateescape"))
         digest.update(np.ascontiguousarray(self.pictures.hashes))
         return digest.hexdigest()
+
+
+Listing = tuple[str, list[str], list[str], Callable[[str], np.ndarray], int]
+
+
+def list_phantoms() -> Listing:
+    """The phantoms as `decode` takes them: name, paths, stamps, reader; and no other files."""
+    paths = phantom_paths()
+    return f"phantoms-{PHANTOM_VERSION}", paths, [""] * len(paths), lambda p: draw_phantom(p)[0], 0
+
+
+def list_folder(root: Path) -> Listing:
+    """A folder's pictures as `decode` takes them, and the count of its other files.
+
+    Raises:
+        UserError: no such folder, or no pictures in it.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder; --data takes the folder that holds the scans")
+    paths, others = list_pictures(root)
+    if not paths:
+        raise UserError(
+            f"no pictures below {root} ({others} other files); expected "
+            f"{root}/<task>/<class>/*.png, or loose pictures for pretraining alone"
+        )
+    stats = [os.stat(root / path) for path in paths]
+    stamps = [f"{s.st_size} {s.st_mtime_ns}" for s in stats]
+    return str(root.resolve()), paths, stamps, lambda path: read_gray(root / path), others
 
 
 def load(
@@ -934,23 +1004,8 @@ def load(
     Raises:
         UserError: no such folder, no pictures in it, or too many that cannot be read.
     """
-    if root is None:
-        root_name, others = f"phantoms-{PHANTOM_VERSION}", 0
-        paths, read = phantom_paths(), lambda path: draw_phantom(path)[0]
-        stamps = [""] * len(paths)
-    else:
-        if not root.is_dir():
-            raise UserError(f"{root} is not a folder; --data takes the folder that holds the scans")
-        root_name, (paths, others) = str(root.resolve()), list_pictures(root)
-        stats = [os.stat(root / path) for path in paths]
-        stamps = [f"{s.st_size} {s.st_mtime_ns}" for s in stats]
-        read = lambda path: read_gray(root / path)  # noqa: E731
-        if not paths:
-            raise UserError(
-                f"no pictures below {root} ({others} other files); expected "
-                f"{root}/<task>/<class>/*.png, or loose pictures for pretraining alone"
-            )
-    pictures = decode(root_name, paths, stamps, read, image_size, cache, progress)
+    name, paths, stamps, read, others = list_folder(root) if root else list_phantoms()
+    pictures = decode(name, paths, stamps, read, image_size, cache, progress)
     bad = pictures.unreadable
     if len(bad) > MAX_UNREADABLE[0] and len(bad) > MAX_UNREADABLE[1] * len(paths):
         row = min(bad)
@@ -958,13 +1013,13 @@ def load(
             f"{len(bad)} of {len(paths)} pictures below {root} cannot be read, the first is "
             f"{paths[row]!r} ({bad[row]}); replace or remove them"
         )
-    sources = find_sources(paths, Path(root_name).name)
-    twins = twin_pairs(pictures.thumbnails)
-    joined = [twins, copy_pairs(pictures), patient_pairs(paths, sources)]
-    groups = np.unique(connected(len(paths), np.concatenate(joined)), return_inverse=True)[1]
+    sources = find_sources(paths, Path(name).name)
+    alike = np.concatenate([twin_pairs(pictures.thumbnails), copy_pairs(pictures)])
+    joined = np.concatenate([alike, patient_pairs(paths, sources)])
+    groups = np.unique(connected(len(paths), joined), return_inverse=True)[1]
     tasks = {
-        name: make_task(name, [s for s in sources if s.task == name], pictures, groups, twins)
-        for name in sorted({s.task for s in sources})
+        task: make_task(task, [s for s in sources if s.task == task], pictures, groups, alike)
+        for task in sorted({s.task for s in sources})
     }
     return Collection(pictures, groups, tasks, others)
 
@@ -991,7 +1046,7 @@ class ViewParameters(NamedTuple):
     sigma: Tensor  # (V,) of the blur, in pixels; 0 = none
 
     def rows(self, chosen: slice | Tensor) -> "ViewParameters":
-        """The parameters of some of the views."""
+        """The parameters of some of the views, by a slice, indices or a bool mask."""
         return ViewParameters(*(values[chosen] for values in self))
 
 
@@ -1033,10 +1088,23 @@ def affine_matrix(shift_x: Tensor, shift_y: Tensor, scale: Tensor, shear: Tensor
 
 
 def draw_views(V: int, generator: torch.Generator) -> ViewParameters:
-    """Draw the parameters of V views from a CPU generator: V rows of 14 numbers, all at once."""
+    """Draw the parameters of V views.
+
+    A view takes one row of 14 uniform numbers, whatever happens to it, and all rows are drawn at
+    once. So view v is the same whether the batch is then made whole, in chunks or on many
+    processes.
+
+    Args:
+        V: views, that is 2N for a batch of N slices.
+        generator: on the CPU.
+
+    Returns:
+        Parameters on the CPU, V rows.
+    """
     u = torch.rand(V, 14, generator=generator)  # (V, 14) in [0, 1)
 
     def between(column: int, low: float, high: float) -> Tensor:
+        """A column of u, stretched from [0, 1) to [low, high)."""
         return low + (high - low) * u[:, column]  # (V,)
 
     area = between(0, *CROP_AREA)

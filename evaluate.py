@@ -61,7 +61,12 @@ def confusion_matrix(labels: np.ndarray, preds: np.ndarray, num_classes: int) ->
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray, undefined: float) -> np.ndarray:
-    """Divide; where the denominator is 0 the result is `undefined`."""
+    """Divide, but for 0 / 0.
+
+    Args:
+        numerator, denominator: of shapes that broadcast, >= 0.
+        undefined: the result where the denominator is 0.
+    """
     safe = np.where(denominator > 0, denominator, 1)
     return np.where(denominator > 0, numerator / safe, undefined)
 
@@ -185,31 +190,18 @@ def classification_metrics(
         )
     K = probs.shape[1]
     matrix = confusion_matrix(labels, probs.argmax(axis=1), K)
-    values = {
-        k: v[0] for k, v in weighted_metrics(labels, probs, np.ones((1, len(labels)))).items()
-    }
-    names = [str(k) for k in range(K)] if classes is None else classes
+    once = weighted_metrics(labels, probs, np.ones((1, len(labels))))
     per_class = {
-        name: {
-            "precision": float(values["precision"][k]),
-            "recall": float(values["recall"][k]),
-            "f1": float(values["f1"][k]),
-            "auroc": plain(values["class_auroc"][k]),
+        str(k) if classes is None else classes[k]: {
+            **{name: plain(once[name][0, k]) for name in ("precision", "recall", "f1")},
+            "auroc": plain(once["class_auroc"][0, k]),
             "support": int(matrix[k].sum()),
         }
-        for k, name in enumerate(names)
+        for k in range(K)
     }
-    overall = (
-        "accuracy",
-        "balanced_accuracy",
-        "macro_precision",
-        "macro_recall",
-        "macro_f1",
-        "auroc",
-    )
     return {
         "n": len(labels),
-        **{name: plain(values[name]) for name in overall},
+        **{name: plain(values[0]) for name, values in once.items() if values.ndim == 1},
         "ece": expected_calibration_error(labels, probs),
         "nll": negative_log_likelihood(labels, probs),
         "per_class": per_class,
@@ -259,6 +251,7 @@ def classification_report(metrics: dict) -> str:
     lines = [" " * width + " precision    recall  f1-score   support".rjust(41), ""]
 
     def line(name: str, values: Sequence[float], support: int) -> str:
+        """A row: name, precision, recall, F1, support."""
         return f"{name:>{width}} " + "".join(f"{v:10.2f}" for v in values) + f"{support:10d}"
 
     for name, row in per_class.items():
@@ -319,7 +312,13 @@ def write(
     color: tuple[int, int, int] = INK,
     anchor: str = "la",
 ) -> None:
-    """Set a line of text; `at` in page units, `anchor` as Pillow's (l/m/r and a/m/s)."""
+    """Set a line of text.
+
+    Args:
+        at: (x, y) in page units.
+        size: in page units.
+        anchor: what of the text stands at `at`, in Pillow's letters: l, m or r, then a, m or s.
+    """
     draw.text((at[0] * SCALE, at[1] * SCALE), text, color, font(size), anchor)
 
 
@@ -374,6 +373,8 @@ def curve_picture(
         panels: {quantity: {series: one value an epoch}}.
     """
     wide, high = 300, 200
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    color_of = {name: LINES[i % len(LINES)] for i, name in enumerate(names)}
     image, draw = page(70 + len(panels) * (wide + 60), high + 130, title, caption)
     for i, (quantity, series) in enumerate(panels.items()):
         left, top = 60 + i * (wide + 60), 70
@@ -390,7 +391,8 @@ def curve_picture(
             x = left + wide * (epoch - 1) / max(epochs - 1, 1)
             write(draw, (x, top + high + 12), str(epoch), 10, MUTED, "mm")
         write(draw, (left + wide / 2, top + high + 28), "epoch", 10, MUTED, "mm")
-        for color, line in zip(LINES, series.values(), strict=False):
+        for name, line in series.items():
+            color = color_of[name]
             x = left + wide * np.arange(len(line)) / max(epochs - 1, 1)
             y = top + high * (1 - (np.array(line) - low) / rise)
             points = list(zip((x * SCALE).tolist(), (y * SCALE).tolist(), strict=True))
@@ -400,7 +402,7 @@ def curve_picture(
                 draw.ellipse((px - 6, py - 6, px + 6, py + 6), fill=color)
         if len(series) > 1:
             x = left + wide
-            for color, name in reversed(list(zip(LINES, series, strict=False))):
-                write(draw, (x, top - 26), name, 11, color, "ra")
+            for name in reversed(series):
+                write(draw, (x, top - 26), name, 11, color_of[name], "ra")
                 x -= 12 + draw.textlength(name, font(11)) / SCALE
     return image

@@ -139,7 +139,15 @@ def train_probe(
 
 @torch.no_grad()
 def score(head: nn.Module, features: Tensor, labels: Tensor) -> tuple[float | None, float | None]:
-    """Loss (nats) and accuracy of a head in eval mode; (None, None) without pictures."""
+    """How good a head is on features it was not trained on.
+
+    Args:
+        features, labels: (n, E) float32, (n,) int64.
+
+    Returns:
+        (mean cross-entropy in nats, accuracy in [0, 1]), the head in eval mode, where dropout is
+        off and batch norm uses its running statistics; (None, None) without pictures.
+    """
     if not len(labels):
         return None, None
     head.eval()
@@ -150,6 +158,13 @@ def score(head: nn.Module, features: Tensor, labels: Tensor) -> tuple[float | No
 
 @torch.no_grad()
 def probabilities(head: nn.Module, features: Tensor) -> Tensor:
-    """Class probabilities of features (n, E): (n, K) float64 on the CPU, rows sum to 1."""
+    """Class probabilities, the softmax of the logits.
+
+    Args:
+        features: (n, E) float32.
+
+    Returns:
+        (n, K) float64 on the CPU, rows sum to 1.
+    """
     head.eval()
     return head(features).double().softmax(dim=1).cpu()

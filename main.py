@@ -60,7 +60,11 @@ class Machine(NamedTuple):
 
 
 def choose_machine(args: argparse.Namespace) -> Machine:
-    """The device and the precision, as asked for or as the machine can."""
+    """The device and the precision, as asked for or as the machine can.
+
+    Raises:
+        UserError: --device names one that is not here.
+    """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     best = "cuda" if cuda else "mps" if mps else "cpu"
     name = best if args.device == "auto" else args.device
@@ -73,12 +77,20 @@ def choose_machine(args: argparse.Namespace) -> Machine:
 
 
 def base_folder(args: argparse.Namespace) -> Path:
-    """Where the runs lie; phantoms and scans never mix."""
+    """Where the runs lie. Phantoms have a folder of their own, so that the encoder a command takes
+    by default has never been pretrained on the other kind."""
     return RUNS if args.data else RUNS / "phantoms"
 
 
 def load_data(args: argparse.Namespace, image_size: int) -> data.Collection:
-    """Read --data or the phantoms; say what is there, what cannot be read, and what is suspect."""
+    """Read --data or the phantoms; say what is there, what cannot be read, and what is suspect.
+
+    Args:
+        image_size: of the encoder, in pixels; the split does not depend on it.
+
+    Raises:
+        UserError: the results would be written into the data, or the data cannot be read.
+    """
     if args.data and RUNS.resolve().is_relative_to(args.data.resolve()):
         raise data.UserError(
             f"results go to {RUNS.resolve()}, which lies inside --data {args.data} and would be "
@@ -108,7 +120,12 @@ def run_config(
     settings: simclr.Pretraining | heads.Probing,
     **values: object,
 ) -> dict:
-    """config.json: every value that shaped the run, in plain types; checkpoints hold it too."""
+    """config.json: every value that shaped the run, in plain types; checkpoints hold it too.
+
+    Args:
+        settings: of the training; its fields are written one by one.
+        values: what else shaped the run.
+    """
     return {
         "command": args.command,
         "data": str(args.data.resolve()) if args.data else None,
@@ -158,7 +175,12 @@ def write_picture(path: Path, image: Image.Image) -> None:
 
 
 def print_written(out: Path, command: list[str]) -> None:
-    """Say what lies where now, and what to type next."""
+    """Say what lies where now, and what to type next.
+
+    Args:
+        out: the run's folder.
+        command: the next command's words after main.py; none = say nothing.
+    """
     names = sorted(p.name for p in out.iterdir() if p.is_file() and not p.name.startswith("."))
     print(f"wrote {out}/: {', '.join(names)}")
     if command:
@@ -230,7 +252,12 @@ def pretraining_settings(
 
 
 def show_step(bar: tqdm, batch_size: int, step: int, sums: Tensor) -> None:
-    """Move the progress bar by a step; where it is redrawn, with the epoch's means so far."""
+    """Move the progress bar by a step; where it is redrawn, with the epoch's means so far.
+
+    Args:
+        batch_size: slices a step; the speed is given in slices, not in views.
+        step, sums: as `simclr.pretrain` hands them to its on_step.
+    """
     if bar.update():  # True = redrawn. Reading the sums makes the device wait, so only then.
         loss, accuracy, _ = (sums / step).tolist()
         speed = (bar.format_dict["rate"] or 0) * batch_size
@@ -248,7 +275,14 @@ def save_pretraining(
     config: dict,
     seen: Tensor,
 ) -> None:
-    """Write checkpoint.pt, all that going on needs, and encoder.pt, all that using it needs."""
+    """Write checkpoint.pt, all that going on needs, and encoder.pt, all that using it needs.
+
+    Args:
+        epoch: the last one that was finished.
+        config: of the run; image size, mean and std are copied out of it, to be found at once.
+        seen: (n, 16) uint8, the hashes of the pictures pretrained on, so that a probe can refuse
+            a test part that holds one of them.
+    """
     weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
     both = {"encoder": weights, "epoch": epoch, "config": config}
     training = {
@@ -264,7 +298,11 @@ def save_pretraining(
 def finish_pretraining(
     args: argparse.Namespace, out: Path, records: list[dict], collection: data.Collection
 ) -> None:
-    """Draw the curve and say what was reached."""
+    """Draw the curve; say what was reached, what was written and what to type next.
+
+    Args:
+        records: of all epochs, as `simclr.pretrain` yields them; none after --epochs 0.
+    """
     panels = {
         "NT-Xent (nats)": {"loss": [r["loss"] for r in records]},
         "contrastive accuracy": {"accuracy": [r["contrastive_accuracy"] for r in records]},
@@ -354,6 +392,13 @@ def refuse_leak(
 ) -> list[str]:
     """The test pictures that the encoder was pretrained on, if that is allowed.
 
+    Args:
+        seen: (n, 16) uint8, what the encoder's checkpoint remembers.
+        allowed: --allow-leak was given.
+
+    Returns:
+        Their paths; none for an honest result.
+
     Raises:
         UserError: there are some, and --allow-leak was not given.
     """
@@ -370,7 +415,11 @@ def refuse_leak(
 def fit_probe(
     h: Tensor, task: data.Task, settings: heads.Probing, name: str
 ) -> tuple[heads.CosineMLP, list[dict], np.ndarray]:
-    """Train a head on the features h (n, E) of the task's pictures.
+    """Train a head on the train part and choose its epoch on the val part.
+
+    Args:
+        h: (n, E) float32, the features of all the task's pictures in the order of `task.rows`.
+        name: of the representation, for the progress bar.
 
     Returns:
         (the head, a record for each epoch, probabilities (N, K) of the test part)
@@ -436,12 +485,17 @@ def write_results(
 
 
 def write_training(out: Path, records: list[dict], title: str, caption: str) -> None:
-    """Write log.jsonl and curve.png of a head's training."""
+    """Write log.jsonl and curve.png of a head's training.
+
+    Args:
+        records: as `heads.train_probe` yields them.
+        caption: the warning of a leaked result, or ''.
+    """
     write_log(out / "log.jsonl", records)
     scored = [r for r in records if r["val_loss"] is not None]
     losses = {"train": [r["train_loss"] for r in records], "val": [r["val_loss"] for r in scored]}
     accuracy = {"val": [r["val_accuracy"] for r in scored]}
-    panels = {"cross-entropy (nats)": losses, "accuracy": accuracy}
+    panels = {"cross-entropy (nats)": losses, "val accuracy": accuracy}
     write_picture(out / "curve.png", evaluate.curve_picture(panels, title, caption))
 
 
@@ -496,13 +550,17 @@ def shared_flags() -> Parser:
 
 
 def build_parser() -> Parser:
-    """One parser, one subcommand a stage."""
+    """One parser, one subcommand a stage.
+
+    The help of a command is the first line of the function that runs it, and what it holds out.
+    """
     description = "SimCLR for brain scans, by hand, in plain PyTorch."
     parser = Parser(prog="main.py", description=description)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shared, published = shared_flags(), simclr.Pretraining()
 
     def command(run: Callable, held_out: str) -> Callable:
+        """Add a subcommand; what is returned declares a flag of it."""
         summary = run.__doc__.splitlines()[0]
         sub = commands.add_parser(
             run.__name__,

@@ -230,7 +230,16 @@ def contrastive_statistics(z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adamw(*modules: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and filters alone, none on biases and norms."""
+    """AdamW (arXiv 1711.05101), with weight decay on matrices and filters alone.
+
+    Biases and norms are spared: pulling a norm's scale to 0 regularises nothing, because the next
+    layer's weights make up for it, and only slows learning.
+
+    Args:
+        modules: what is trained; parameters that need no gradient are left out.
+        lr: the first step's learning rate.
+        weight_decay: share of a weight taken off at each step, per unit of learning rate.
+    """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     return torch.optim.AdamW(
         [
@@ -242,7 +251,11 @@ def adamw(*modules: nn.Module, lr: float, weight_decay: float) -> torch.optim.Ad
 
 
 def cosine_lr(step: int, steps: int, peak: float, floor: float) -> float:
-    """The learning rate of step 0, ..., steps - 1: half a cosine from `peak` towards `floor`.
+    """The learning rate of a step: half a cosine from `peak` towards `floor` (arXiv 1608.03983).
+
+    Args:
+        step: 0, ..., steps - 1, counted over the whole run.
+        steps: of the whole run.
 
     >>> [round(cosine_lr(s, 4, 1.0, 0.0), 3) for s in range(5)]
     [1.0, 0.854, 0.5, 0.146, 0.0]
@@ -251,7 +264,11 @@ def cosine_lr(step: int, steps: int, peak: float, floor: float) -> float:
 
 
 def native_bf16(device: torch.device) -> tuple[bool, str]:
-    """Whether `device` computes bf16 in hardware, and how we know."""
+    """Whether `device` computes bf16 in hardware; where it emulates it, float32 is faster.
+
+    Returns:
+        (True or False, how we know)
+    """
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return major >= 8, f"CUDA capability {major}.{minor}"
@@ -266,7 +283,11 @@ def native_bf16(device: torch.device) -> tuple[bool, str]:
 
 
 def memory_format(device: torch.device, bf16: bool) -> torch.memory_format:
-    """channels_last where it is faster: everywhere, except for float32 on a CPU with AVX-512."""
+    """channels_last where it is faster: everywhere, except for float32 on a CPU with AVX-512.
+
+    Measured with ResNet-18 on two cores: on a CPU with AVX2 alone channels_last gains 10 to 40 %
+    in float32; with AVX-512 it loses badly in float32 and gains in bf16.
+    """
     wide = "AVX512" in torch.backends.cpu.get_cpu_capability()
     slower = device.type == "cpu" and not bf16 and wide
     return torch.contiguous_format if slower else torch.channels_last
@@ -394,13 +415,21 @@ def encode(
 
 
 def save(checkpoint: dict, path: Path) -> None:
-    """Write a checkpoint such that a reader finds the old one or the new one, whole."""
+    """Write a checkpoint such that a reader finds the old one or the new one, whole.
+
+    Args:
+        checkpoint: tensors and plain values alone, so that it loads with weights_only=True.
+        path: its place; missing folders are made.
+    """
     with data.write_atomically(path) as file:
         torch.save(checkpoint, file)
 
 
 def load_encoder(path: Path) -> tuple[ResNet, dict]:
     """Read encoder.pt (or classifier.pt, which holds one) into a ResNet on the CPU.
+
+    Nothing is unpickled but tensors and plain values, and every parameter has to be there, with
+    its own name and shape: an encoder loaded in part would run, and be wrong.
 
     Returns:
         (the encoder, the whole checkpoint)
