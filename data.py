@@ -436,7 +436,7 @@ def twin_pairs(
 
         cos(t, t') = e.e' + o.o'     cos(t, mirror(t')) = e.e' - o.o'     larger = e.e' + |o.o'|
 
-    and both cosines of every pair cost one matrix product each, block by block.
+    and the larger cosine of all pairs costs two matrix products, made block by block.
 
     Args:
         thumbnails: (n, 32, 32) uint8.
@@ -455,7 +455,8 @@ def twin_pairs(
     t = t - t.mean(dim=(1, 2), keepdim=True)
     t = t / t.norm(dim=(1, 2), keepdim=True).clamp(min=1e-6)  # (n, 32, 32), unit or zero
     half = THUMBNAIL // 2
-    # An even (odd) picture is known by its left half; sqrt(2)/2 makes up for the half left out.
+    # (t + mirror) / 2 is even, (t - mirror) / 2 odd, so the left half of each tells all of it;
+    # times sqrt(2), products of the halves are those of the whole.
     even = ((t + t.flip(2))[:, :, :half] * math.sqrt(0.5)).flatten(1)  # (n, 512)
     odd = ((t - t.flip(2))[:, :, :half] * math.sqrt(0.5)).flatten(1)  # (n, 512)
     pairs = []

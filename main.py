@@ -43,7 +43,7 @@ PUBLISHED_SIZES = {
     "epochs": simclr.Pretraining.epochs,
 }
 # On the phantoms a command takes minutes on a laptop; these settings, and no others, differ there.
-PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 128, "epochs": 12}
+PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 32, "epochs": 12}
 CHECKPOINT_SECONDS = 60  # at most one checkpoint a minute, so that writing costs next to nothing
 
 # ---------------------------------------------------------------------------------------------
