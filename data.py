@@ -621,11 +621,10 @@ def split_by_group(
     # Deal the groups out class by class, in an order that only their pixels decide. A group of
     # several labels counts with its commonest.
     _, local = np.unique(groups, return_inverse=True)
-    published = np.zeros(
-        local.max(initial=-1) + 1, bool
-    )  # (groups,), True = has a publisher's part
+    count = local.max(initial=-1) + 1
+    published = np.zeros(count, bool)  # (groups,), True = has a publisher's part
     published[local[parts == "train"]] = True
-    votes = np.zeros((len(published), labels.max(initial=0) + 1), np.int64)
+    votes = np.zeros((count, labels.max(initial=0) + 1), np.int64)  # (groups, K)
     np.add.at(votes, (local[free], labels[free]), 1)
     lowest: dict[int, bytes] = {}
     for i in np.flatnonzero(free):

@@ -112,8 +112,7 @@ def train_probe(
     best_weights = copy.deepcopy(head.state_dict())
     for epoch in range(1, settings.epochs + 1):
         lr = milestone_lr(epoch, settings.epochs, settings.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        simclr.set_lr(optimizer, lr)
         head.train()
         order = torch.randperm(n, generator=data.generator_for(settings.seed, epoch, 0))
         # Even batches, not a small last one: batch norm needs at least two rows.

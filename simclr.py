@@ -191,10 +191,9 @@ def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float = 0.07) -> Tensor:
         )
     N = len(z_a)
     with torch.autocast(z_a.device.type, enabled=False):  # inside it even a float32 product is bf16
-        z = torch.cat([z_a, z_b])
-        z = F.normalize(
-            z.to(torch.promote_types(z.dtype, torch.float32)), dim=1
-        )  # (2N, D), unit rows
+        z = torch.cat([z_a, z_b])  # (2N, D), bf16 perhaps; float64 stays float64
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = F.normalize(z, dim=1)  # (2N, D), unit rows
         logits = z @ z.T / temperature  # (2N, 2N), in [-1/tau, 1/tau]
     # A view is its own best match; -inf gives it probability 0, the "k != i" of Eq. 1.
     itself = torch.eye(2 * N, dtype=torch.bool, device=z.device)  # (2N, 2N), True = itself
@@ -261,6 +260,12 @@ def cosine_lr(step: int, steps: int, peak: float, floor: float) -> float:
     [1.0, 0.854, 0.5, 0.146, 0.0]
     """
     return floor + (peak - floor) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group the learning rate of the step to come."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def native_bf16(device: torch.device) -> tuple[bool, str]:
@@ -346,8 +351,7 @@ def pretrain(
         for step in range(1, steps + 1):
             done = (epoch - 1) * steps + step - 1
             lr = cosine_lr(done, settings.epochs * steps, settings.lr, settings.lr / 50)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(optimizer, lr)
             batch = images[order[(step - 1) * N : step * N].to(device)]  # (N, 1, S, S) uint8
             generator = data.generator_for(settings.seed, epoch, step)
             view_a, view_b = data.random_views(batch, generator, settings.mean, settings.std)
@@ -362,17 +366,11 @@ def pretrain(
             optimizer.step()
             sums += torch.stack([loss.detach(), *contrastive_statistics(z_a, z_b)])
             on_step(step, sums)
-        loss_mean, accuracy, std = (sums / steps).tolist()  # waits for the device to finish
+        means = (sums / steps).tolist()  # waits for the device to finish, so time is taken after
         seconds = time.perf_counter() - began
-        yield {
-            "epoch": epoch,
-            "loss": loss_mean,
-            "lr": lr,
-            "contrastive_accuracy": accuracy,
-            "embedding_std": std,
-            "images_per_second": steps * N / seconds,
-            "seconds": seconds,
-        }
+        record = {"epoch": epoch, "loss": means[0], "lr": lr, "contrastive_accuracy": means[1]}
+        record |= {"embedding_std": means[2], "images_per_second": steps * N / seconds}
+        yield record | {"seconds": seconds}
 
 
 @torch.inference_mode()
