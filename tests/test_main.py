@@ -68,7 +68,8 @@ def test_pretrain_then_probe_writes_every_artifact(capsys):
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in records] == [1, 2]
     assert set(records[0]) == {
-        "epoch", "loss", "lr", "contrastive_accuracy", "embedding_std", "images_per_second", "seconds"
+        "epoch", "loss", "lr", "contrastive_accuracy", "embedding_std", "images_per_second",
+        "seconds",
     }  # fmt: skip
     encoder = torch.load(run / "encoder.pt", weights_only=True)
     assert set(encoder) == {
@@ -160,6 +161,15 @@ def test_real_folders_go_through_both_commands_and_batches_shrink(tmp_path, caps
     assert main.main(["probe", "--data", "scans", "--task", "mine", "--epochs", "2"]) == 0
     assert not (tmp_path / "scans" / "runs").exists()
     assert json.loads(Path("runs/probe-mine/config.json").read_text())["phantoms"] is False
+
+
+def test_bf16_runs_where_it_is_asked_for(tmp_path):
+    plant(tmp_path / "scans")
+    flags = ["--data", "scans", "--precision", "bf16"]
+    assert main.main(["pretrain", *flags, "--epochs", "1", "--image-size", "32"]) == 0
+    assert main.main(["probe", *flags, "--task", "mine", "--epochs", "1"]) == 0
+    config = json.loads(Path("runs/probe-mine/config.json").read_text())
+    assert config["precision"] == config["pretraining"]["precision"] == "bf16"
 
 
 def test_no_validation_group_in_a_class_of_two_patients_still_probes(tmp_path):

@@ -119,6 +119,19 @@ def test_resnet_matches_torchvision_with_the_same_weights(arch):
         assert torch.allclose(ours.state_dict()[name], value), name
 
 
+def test_torchvision_takes_our_weights_and_gives_the_same_features_on_gray_pictures():
+    """The way back: conv1 repeated over three channels and divided by three, all else as it is."""
+    reason = "torchvision is the oracle here, and it does not import"
+    models = pytest.importorskip("torchvision.models", reason=reason)
+    ours, theirs = simclr.resnet18().double().eval(), models.resnet18().double().eval()
+    theirs.fc = torch.nn.Identity()
+    weights = ours.state_dict()
+    weights["conv1.weight"] = weights["conv1.weight"].repeat(1, 3, 1, 1) / 3
+    theirs.load_state_dict(weights)
+    gray = torch.randn(2, 1, 64, 64, dtype=torch.float64)
+    assert torch.allclose(ours(gray), theirs(gray.repeat(1, 3, 1, 1)), atol=1e-10)
+
+
 def test_encoders_have_the_published_sizes():
     for make, E, count in ((simclr.resnet18, 512, 11_170_240), (simclr.resnet50, 2048, 23_501_760)):
         encoder = make()
