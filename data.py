@@ -205,9 +205,7 @@ def class_folders(node: Node, folder: str) -> list[tuple[str, str, str, Node]]:
     kids = {name: kid for name, kid in node.items() if name}
     parts = {name: PARTS[name.lower()] for name in kids if name.lower() in PARTS}
     if not parts:
-        found = (
-            [(folder, "", *kid) for kid in kids.items()] if all(map(is_leaf, kids.values())) else []
-        )
+        found = [(folder, "", *kid) for kid in kids.items() if all(map(is_leaf, kids.values()))]
     else:
         found = [
             (f"{folder}/{name}".strip("/"), part, class_, kid)
@@ -227,6 +225,7 @@ def name_task(folder: str, root_name: str, names: set[str]) -> tuple[str, dict[s
     plain = {name: re.sub(r"[ _-]+", "_", name.strip().lower()) for name in names}
     plain = {name: CLASS_ENDING.sub("", text) for name, text in plain.items()}
     top = folder.split("/")[0] if folder else root_name
+    top = top.lower() if top.lower() in KNOWN_TASKS else top
     spelled = {
         task: {name: known.aliases.get(text, text) for name, text in plain.items()}
         for task, known in KNOWN_TASKS.items()
@@ -258,11 +257,8 @@ def find_sources(paths: list[str], root_name: str) -> list[Source]:
         folder, node = todo.pop()
         found = class_folders(node, folder)
         if not found:
-            todo += [
-                (f"{folder}/{n}".strip("/"), kid)
-                for n, kid in node.items()
-                if n and not is_leaf(kid)
-            ]
+            below = [(name, kid) for name, kid in node.items() if name and not is_leaf(kid)]
+            todo += [(f"{folder}/{name}".strip("/"), kid) for name, kid in below]
             continue
         task, spelling = name_task(folder, root_name, {name for _, _, name, _ in found})
         rows = [

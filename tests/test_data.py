@@ -274,6 +274,7 @@ def test_class_folders_below_a_task_folder_and_below_the_data_folder_itself():
     assert tasks_of("tumor/no/1.png", "tumor/glioma_tumor/1.png") == {
         "tumor": ("glioma", "notumor")
     }
+    assert tasks_of("Tumor/no/1.png", "Tumor/yes/1.png") == {"tumor": ("notumor", "yes")}
     assert tasks_of("sick/1.png", "well/1.png") == {"scans": ("sick", "well")}
     assert tasks_of("Normal/1.png", "Stroke/1.png") == {"stroke": ("normal", "stroke")}
 
