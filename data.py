@@ -16,7 +16,9 @@ D projection dimensions · K classes. Here also n pictures in all, V views, S = 
 
 Departures from the paper (§3 and appendix A of 2002.05709):
   - grayscale once at load: hue, saturation and random grayscale do nothing to a gray picture;
-  - crops keep at least 20 % of the area, not 8 %: a lesion has to stay in sight of both views;
+  - crops are drawn from 20 % of the area up, not 8 %: a lesion should stay in sight of both views;
+  - jitter of 0.4 where the paper has 0.8, brightness always before contrast: gray values are half
+    of what tells tissues apart;
   - crop sides are clamped to the picture, not redrawn until they fit, so that every view takes
     the same count of random numbers;
   - a small rotation and affine are added: heads lie differently in every scanner.
@@ -44,9 +46,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 THUMBNAIL = 32  # pixels a side: enough to know a head again, too few to see the noise
-TWIN_COSINE = 0.98  # finds the 200 people of the Alzheimer set exactly; see the README
+TWIN_COSINE = 0.98  # finds exactly 200 groups, its people, in the Kaggle Alzheimer set
 SPLIT_SEED = b"simclr-brain-1"  # a constant: --seed never moves a picture between the parts
-CHAIN_SHARE = 0.05  # a group above this share of its task is suspect: strangers linked in a chain
+CHAIN_SHARE = 0.05  # a group above this share of its task may be strangers linked in a chain,
+CHAIN_LEAST = 4  # unless it is as small as any patient's
 MAX_UNREADABLE = (5, 0.01)  # more than five *and* more than 1 % unreadable pictures stop a run
 
 
@@ -125,15 +128,18 @@ class KnownTask(NamedTuple):
 KNOWN_TASKS = {
     "tumor": KnownTask(("glioma", "meningioma", "notumor", "pituitary"), {"no": "notumor"}),
     # "58 (1).jpg" is slice 1 of patient 58, and the numbers begin anew in each class folder.
-    "stroke": KnownTask(("normal", "stroke"), {}, r"^([^/]+/(?:.*/)?\d+) \(\d+\)\.\w+$"),
+    "stroke": KnownTask(("normal", "stroke"), {}, r"^([^/]+/\d+) \(\d+\)\.\w+$"),
     "alzheimer": KnownTask(("non", "very_mild", "mild", "moderate")),
     "parkinson": KnownTask(("normal", "parkinson")),
     "ms": KnownTask(("no-lesion", "lesion"), {"no_lesion": "no-lesion"}),
 }
 # What publishers append to a class: glioma_tumor, Mild_Demented, "Very mild Dementia".
 CLASS_ENDING = re.compile(r"_(tumor|demented|dementia)$")
-# Folders (and OASIS file names) that name a person in any source; p0012 is how phantoms are named.
-PATIENT = re.compile(r"(?:^|/)(Patient-\d+|sub-[A-Za-z0-9]+|OAS1_\d+|p\d{4})(?![0-9])")
+# What names a person in any source. The last, p0012, is a folder of the phantoms.
+PATIENT = re.compile(
+    r"(?:^|[/_ ])(patient[-_ ]?\d+|sub-(?=[a-z]*\d)[a-z0-9]+|oas1_\d+|p\d{4}(?=/))", re.IGNORECASE
+)
+VISIT = re.compile(r"(ses-\w+|anat|dwi|func|perf)$")  # folders below a person, as BIDS has them
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 PARTS |= {"val": "val", "valid": "val", "validation": "val"}
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
@@ -177,67 +183,54 @@ def list_pictures(root: Path) -> tuple[list[str], int]:
 class Source(NamedTuple):
     """Class folders that stand side by side: where, as which task, and which picture is which."""
 
-    folder: str  # below --data; '' is --data itself
+    folder: str  # below --data, without parts and patients; '' is --data itself
     task: str
     classes: tuple[str, ...]
     rows: list[tuple[int, str, str, str]]  # (picture, class, publisher's part or '', "class/file")
 
 
-Node = dict  # a folder: name -> Node of each folder in it, and '' -> rows of the pictures in it
+def plain_folders(path: str) -> tuple[tuple[str, ...], str]:
+    """The folders of a path that can name a task or a class, and the publisher's part in it.
 
+    Folders that name a part, a patient or a visit may stand anywhere between: they are taken out.
 
-def is_leaf(node: Node) -> bool:
-    """True for a folder whose pictures lie in it directly, or in folders that name patients."""
-    return all(not name or PATIENT.match(name) and is_leaf(node[name]) for name in node)
-
-
-def rows_below(node: Node) -> list[int]:
-    """Every picture in a folder and below it."""
-    return [r for name in node for r in (rows_below(node[name]) if name else node[""])]
-
-
-def class_folders(node: Node, folder: str) -> list[tuple[str, str, str, Node]]:
-    """The classes that stand side by side in a folder: (folder above, part, name, node) of each.
-
-    Leaves side by side are classes, unless a sibling holds classes of its own. Folders called
-    train, val or test (in any usual spelling) may stand between.
+    >>> plain_folders("tumor/Training/glioma/sub-01/1.png")
+    (('tumor', 'glioma'), 'train')
     """
-    kids = {name: kid for name, kid in node.items() if name}
-    parts = {name: PARTS[name.lower()] for name in kids if name.lower() in PARTS}
-    if not parts:
-        found = [(folder, "", *kid) for kid in kids.items() if all(map(is_leaf, kids.values()))]
-    else:
-        found = [
-            (f"{folder}/{name}".strip("/"), part, class_, kid)
-            for name, part in parts.items()
-            for class_, kid in kids[name].items()
-            if class_ and is_leaf(kid)
-        ]
-    return found if len({class_ for _, _, class_, _ in found}) >= 2 else []
+    folders, part = [], ""
+    for name in path.split("/")[:-1]:
+        part = PARTS.get(name.lower(), part)
+        if name.lower() not in PARTS and not PATIENT.match(name + "/") and not VISIT.match(name):
+            folders.append(name)
+    return tuple(folders), part
 
 
-def name_task(folder: str, root_name: str, names: set[str]) -> tuple[str, dict[str, str]]:
-    """The task of the class folders `names` in `folder`, and each one's class.
-
-    Where the names are a known task's classes, in any spelling, they decide; else the topmost
-    folder's name does.
-    """
+def spell(names: Iterable[str], known: KnownTask) -> dict[str, str]:
+    """Each folder's name as a class of a known task: lower case, its usual endings taken off."""
     plain = {name: re.sub(r"[ _-]+", "_", name.strip().lower()) for name in names}
     plain = {name: CLASS_ENDING.sub("", text) for name, text in plain.items()}
-    top = folder.split("/")[0] if folder else root_name
-    top = top.lower() if top.lower() in KNOWN_TASKS else top
-    spelled = {
-        task: {name: known.aliases.get(text, text) for name, text in plain.items()}
-        for task, known in KNOWN_TASKS.items()
-    }
+    return {name: known.aliases.get(text, text) for name, text in plain.items()}
+
+
+def name_task(folder: tuple[str, ...], root_name: str, names: set[str]) -> str:
+    """The task of the class folders `names` in `folder`.
+
+    Where they are all of a known task's classes, that; else the innermost folder around them that
+    is called as a known task; else the topmost folder.
+    """
     for task, known in KNOWN_TASKS.items():
-        if set(spelled[task].values()) == set(known.classes):
-            return task, spelled[task]
-    return top, spelled.get(top, {name: name for name in names})
+        if set(spell(names, known).values()) == set(known.classes):
+            return task
+    around = (root_name, *folder)
+    called = [name.lower() for name in around if name.lower() in KNOWN_TASKS]
+    return called[-1] if called else (*folder, root_name)[0]
 
 
 def find_sources(paths: list[str], root_name: str) -> list[Source]:
     """Read a tree of folders as tasks and classes.
+
+    Two or more folders side by side are classes, unless classes stand side by side in one of
+    them; a known task's own class names are classes whatever lies below them.
 
     Args:
         paths: pictures below the data folder, with forward slashes.
@@ -246,35 +239,49 @@ def find_sources(paths: list[str], root_name: str) -> list[Source]:
     Returns:
         The sources; a picture in none of them is unlabelled.
     """
-    tree: Node = {}
-    for row, path in enumerate(paths):
-        node = tree
-        for name in path.split("/")[:-1]:
-            node = node.setdefault(name, {})
-        node.setdefault("", []).append(row)
-    sources, todo = [], [("", tree)]
-    while todo:
-        folder, node = todo.pop()
-        found = class_folders(node, folder)
-        if not found:
-            below = [(name, kid) for name, kid in node.items() if name and not is_leaf(kid)]
-            todo += [(f"{folder}/{name}".strip("/"), kid) for name, kid in below]
-            continue
-        task, spelling = name_task(folder, root_name, {name for _, _, name, _ in found})
+    tree: dict[tuple[str, ...], dict[str, list[int]]] = {}  # folder -> name in it -> rows below
+    plain = [plain_folders(path) for path in paths]
+    for row, (folders, _) in enumerate(plain):
+        for depth, name in enumerate(folders):
+            tree.setdefault(folders[:depth], {}).setdefault(name, []).append(row)
+
+    def visit(folder: tuple[str, ...]) -> list[Source]:
+        kids = tree.get(folder, {})
+        sure = any(set(spell(kids, k).values()) <= set(k.classes) for k in KNOWN_TASKS.values())
+        below = (
+            [] if sure and len(kids) > 1 else [s for name in kids for s in visit((*folder, name))]
+        )
+        if below or len(kids) < 2:
+            return below
+        task = name_task(folder, root_name, set(kids))
+        known = KNOWN_TASKS.get(task, KnownTask(()))
+        # Where a publisher made parts, a folder that has none of them is beside the classes.
+        parted = {name for name, rows in kids.items() if any(plain[r][1] for r in rows)}
+        spelling = spell(kids, known) if known.classes else {name: name for name in kids}
         rows = [
-            (row, spelling[name], part, paths[row][len(above) + 1 if above else 0 :])
-            for above, part, name, kid in found
-            for row in rows_below(kid)
+            (r, spelling[name], plain[r][1], f"{name}/{paths[r].split('/')[-1]}")
+            for name in parted or kids
+            for r in kids[name]
         ]
-        classes = set(spelling.values())
-        known = [c for c in KNOWN_TASKS.get(task, KnownTask(())).classes if c in classes]
-        sources.append(Source(folder, task, (*known, *sorted(classes - set(known))), rows))
-    # Sources pool when their classes are the same; else each is a task named by its own folder.
-    clash = {
-        s.task for s in sources for t in sources if s.task == t.task and s.classes != t.classes
-    }
-    own = [s.folder.split("/")[-1] if s.task in clash and s.folder else s.task for s in sources]
-    return [s._replace(task=name) for s, name in zip(sources, own, strict=True)]
+        found = {class_ for _, class_, _, _ in rows}
+        order = [class_ for class_ in known.classes if class_ in found]
+        classes = (*order, *sorted(found - set(order)))
+        return [Source("/".join(folder), task, classes, rows)] if len(classes) > 1 else []
+
+    # Sources pool when their classes are the same; else each is a task named by its own folder,
+    # and where two folders have one name, by its path.
+    sources = visit(())
+    known_pairs = {(task, known.classes) for task, known in KNOWN_TASKS.items()}
+    for own in (lambda s: s.folder.split("/")[-1], lambda s: s.folder.replace("/", "-")):
+        rivals = {(s.task, s.classes) for s in sources}
+        clash = {task for task, classes in rivals for t, c in rivals if t == task and c != classes}
+        sources = [
+            s._replace(task=own(s) or root_name)
+            if s.task in clash and (s.task, s.classes) not in known_pairs
+            else s
+            for s in sources
+        ]
+    return sources
 
 
 # ---------------------------------------------------------------------------------------------
@@ -297,8 +304,10 @@ def read_gray(path: str | Path) -> np.ndarray:
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
-            pixels = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-            low, high = pixels.min(), pixels.max()
+            pixels = np.asarray(image, dtype=np.float64)
+            finite = np.isfinite(pixels)
+            low, high = pixels[finite].min(), pixels[finite].max()
+            pixels = np.where(finite, pixels, low)
             return np.round((pixels - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
         if "A" in image.mode or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -353,7 +362,7 @@ class Pictures:
     images: np.ndarray  # (n, S, S) uint8, memory-mapped from the cache
     thumbnails: np.ndarray  # (n, 32, 32) uint8
     hashes: np.ndarray  # (n, 16) uint8, the first half of the SHA-256 of the gray pixels
-    unreadable: dict[int, str]  # row -> why; its row of the arrays is black
+    unreadable: dict[int, str]  # row -> why; its row of the arrays means nothing
 
 
 def decode_one(read: Callable[[str], np.ndarray], path: str, square: np.ndarray) -> tuple:
@@ -469,7 +478,8 @@ def connected(n: int, pairs: np.ndarray) -> np.ndarray:
     """Connected components of n things joined by `pairs` (single linkage), without a Python loop.
 
     Every thing points at a smaller member of its component; each round hooks roots onto smaller
-    roots and then halves the length of every chain of pointers.
+    roots and then halves the length of every chain of pointers. Pointers only ever fall, so it
+    ends; when nothing changed, both ends of every pair point at the same root.
 
     Returns:
         (n,) int64: the smallest member of each thing's component.
@@ -519,26 +529,31 @@ def copy_pairs(pictures: Pictures) -> np.ndarray:
 
 
 def patient_pairs(paths: list[str], sources: list[Source]) -> np.ndarray:
-    """Chain the pictures that file names or folder names give to one patient.
+    """Join the pictures that folder names or file names give to one patient.
 
     An id counts within its source folder: patient 7 of one hospital is not patient 7 of another.
+    An OASIS number means the same person wherever it stands. Unlabelled pictures belong to the
+    source they lie in or, in none, to the topmost folder above them.
 
     Returns:
-        (m, 2) int64 rows; a patient of k pictures gives k - 1 pairs.
+        (m, 2) int64 rows: each picture whose patient is known, and the patient's first one.
     """
-    names = {row: (None, path, PATIENT) for row, path in enumerate(paths)}  # unlabelled at first
-    for source in sources:
-        known = KNOWN_TASKS.get(source.task, KnownTask(())).patient
-        for row, _, _, name in source.rows:
-            pattern = re.compile(known) if known and re.search(known, name) else PATIENT
-            names[row] = (source.folder, name, pattern)
+    source_of = {row: (source, name) for source in sources for row, _, _, name in source.rows}
     first: dict[tuple[str, str], int] = {}
     pairs = []
-    for row, (folder, name, pattern) in names.items():
-        match = pattern.search(name)
+    for row, path in enumerate(paths):
+        folders, _ = plain_folders(path)
+        around = [s.folder for s in sources if "/".join((*folders, "")).startswith(s.folder + "/")]
+        place = max(around, key=len, default=folders[0] if folders else "")
+        match = PATIENT.search(path)
+        if row in source_of:
+            source, name = source_of[row]
+            place, known = source.folder, KNOWN_TASKS.get(source.task, KnownTask(())).patient
+            match = match or (re.search(known, name) if known else None)
         if match:
-            folder = name[: match.start(1)] if folder is None else folder
-            pairs.append((first.setdefault((folder, match[1]), row), row))
+            patient = match[1].lower()
+            place = "" if patient.startswith("oas1_") else place
+            pairs.append((first.setdefault((place, patient), row), row))
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 
@@ -669,7 +684,7 @@ def make_task(
         "rule": "publisher's parts kept, cut by group" if parts.any() else "70/15/15 by group",
         "groups": len(np.unique(groups[rows])),
         "largest_group": int(sizes.max()),
-        "largest_group_is_a_chain": bool(sizes.max() > CHAIN_SHARE * len(rows)),
+        "largest_group_is_suspect": bool(sizes.max() > max(CHAIN_SHARE * len(rows), CHAIN_LEAST)),
         "dropped_for_a_twin_with_another_label": int(clash.sum()),
         "dropped_for_a_group_in_test_or_val": int((dropped & ~clash).sum()),
         "dropped_paths": [pictures.paths[row] for row in rows[dropped]],
@@ -909,20 +924,22 @@ class Collection:
             UserError: no such task, or a class whose pictures are all one group.
         """
         if name not in self.tasks:
-            found = ", ".join(sorted(self.tasks)) or "none (a task needs two or more class folders)"
+            found = ", ".join(sorted(self.tasks)) or "none"
             raise UserError(
-                f"no task {name!r} here; found: {found}; known: {', '.join(KNOWN_TASKS)}; "
-                "give --task one of the found, or put the class folders into a folder of that name"
+                f"no task {name!r} here; found: {found}; known: {', '.join(KNOWN_TASKS)}; a task "
+                "is a folder that holds two or more class folders, each with pictures"
             )
         task = self.tasks[name]
         for label, class_ in enumerate(task.classes):
             for part in ("train", "test"):
                 if not (task.labels[task.split == part] == label).any():
                     n = len(np.unique(task.groups[task.labels == label]))
+                    why = "the publisher's own parts leave it none there"
+                    if n < 2:
+                        why = "splitting one patient's pictures would test on what was trained on"
                     raise UserError(
-                        f"class {class_!r} of task {name} has {n} group(s) and none is left for "
-                        f"the {part} part; a class needs pictures of at least two patients, since "
-                        "splitting one patient's pictures would test on what was trained on"
+                        f"class {class_!r} of task {name} has {n} group(s), and none for the "
+                        f"{part} part: {why}; add pictures of other patients, or take the class out"
                     )
         return task
 

@@ -20,11 +20,12 @@ Next: heads.py
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-RESAMPLES = 2000  # the ends of a 95 % interval move by about 1 % of its width between seeds
+RESAMPLES = 2000  # the ends of a 95 % interval then move by 1 to 3 % of its width between seeds
 ECE_BINS = 15
 
 # ---------------------------------------------------------------------------------------------
@@ -112,7 +113,8 @@ def weighted_metrics(
 
     Returns:
         Per class, (B, K): precision, recall, f1 (undefined = 0), class_auroc (undefined = NaN).
-        Over classes, (B,): accuracy; macro_precision, macro_recall, macro_f1, over all K classes;
+        Over classes, (B,): accuracy; macro_precision, macro_recall, macro_f1, over all K classes,
+        less those that this resample merely missed (as 0 they would pull the interval down);
         balanced_accuracy over the classes that have pictures; auroc over those that also have
         others to be told from. NaN where nothing can be scored.
     """
@@ -124,6 +126,10 @@ def weighted_metrics(
     precision, f1 = ratio(hit, called, 0.0), ratio(2 * hit, called + support, 0.0)
     areas = np.stack([auroc(probs[:, k], labels == k, weights) for k in range(K)], axis=1)
     scored = ~np.isnan(areas)
+    there = support + called > 0  # (B, K), True = the class has an F1 in this resample
+    whole = cell.sum(axis=0).reshape(K, K)  # (K, K), every picture once
+    counted = there | ((whole + whole.T).sum(axis=1) == 0)  # (B, K), True = goes into the average
+    macro = partial(np.average, axis=1, weights=counted)
     return {
         "precision": precision,
         "recall": recall,
@@ -131,9 +137,9 @@ def weighted_metrics(
         "class_auroc": areas,
         "accuracy": ratio(hit.sum(axis=1), support.sum(axis=1), np.nan),
         "balanced_accuracy": ratio(recall.sum(axis=1), (support > 0).sum(axis=1), np.nan),
-        "macro_precision": precision.mean(axis=1),
-        "macro_recall": recall.mean(axis=1),
-        "macro_f1": f1.mean(axis=1),
+        "macro_precision": macro(precision),
+        "macro_recall": macro(recall),
+        "macro_f1": macro(f1),
         "auroc": ratio(np.where(scored, areas, 0).sum(axis=1), scored.sum(axis=1), np.nan),
     }
 
@@ -336,7 +342,8 @@ def confusion_picture(
     K, cell = len(classes), 76
     names = [name if len(name) <= 14 else name[:13] + "…" for name in classes]
     left, top = 140, 84
-    image, draw = page(left + K * cell + 30, top + K * cell + 60, title, caption)
+    wide = max(left + K * cell + 30, 40 + 9 * len(title), 40 + 7 * len(caption))
+    image, draw = page(wide, top + K * cell + 60, title, caption)
     write(draw, (left + K * cell / 2, top - 28), "predicted", 12, MUTED, "mm")
     write(draw, (20, top - 28), "true class", 12, MUTED, "lm")
     for t in range(K):
@@ -356,7 +363,7 @@ def confusion_picture(
 
 def ticks(low: float, high: float) -> np.ndarray:
     """About five round numbers (1, 2 or 5 times a power of ten), from `low` or less to `high`."""
-    span = max(high - low, 1e-9)
+    span = max(high - low, 1e-3 * abs(high), 1e-9)
     rough = span / 4
     power = 10.0 ** np.floor(np.log10(rough))
     step = power * min((1, 2, 5, 10), key=lambda s: abs(np.log(s * power / rough)))
@@ -381,7 +388,7 @@ def curve_picture(
         values = np.array([v for line in series.values() for v in line])
         marks = ticks(values.min(), values.max()) if len(values) else np.array([0.0, 1.0])
         low, rise = marks[0], max(marks[-1] - marks[0], 1e-9)
-        epochs = max([len(line) for line in series.values()], default=1)
+        epochs = max(1, *(len(line) for line in series.values()))
         write(draw, (left, top - 26), quantity, 12, MUTED)
         for mark in marks:
             y = top + high * (1 - (mark - low) / rise)

@@ -11,7 +11,7 @@ where classes are unequal in size.
 
 Shape letters: N pictures in a batch · E encoder features · K classes. Here also n pictures in all.
 
-Next: gradcam.py, once it is there; until then main.py
+Next: main.py
 """
 
 import copy

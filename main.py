@@ -44,6 +44,7 @@ PUBLISHED_SIZES = {
 }
 # On the phantoms a command takes minutes on a laptop; these settings, and no others, differ there.
 PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 32, "epochs": 12}
+PARTS = ("train", "val", "test", "dropped")
 CHECKPOINT_SECONDS = 60  # at most one checkpoint a minute, so that writing costs next to nothing
 
 # ---------------------------------------------------------------------------------------------
@@ -76,6 +77,24 @@ def choose_machine(args: argparse.Namespace) -> Machine:
     return Machine(torch.device(name), bf16, f"{name}, {'bf16' if bf16 else 'float32'} ({why})")
 
 
+def run_folder(args: argparse.Namespace, name: str) -> Path:
+    """--out or, where it was not given, runs/`name`, checked before anything is computed.
+
+    Raises:
+        UserError: it is a file, or lies inside the data, where its pictures would be read as scans.
+    """
+    out = args.out or base_folder(args) / name
+    if out.exists() and not out.is_dir():
+        raise data.UserError(f"{out} is a file; --out takes a folder")
+    for folder in (out, RUNS):
+        if args.data and folder.resolve().is_relative_to(args.data.resolve()):
+            raise data.UserError(
+                f"results would go to {folder.resolve()}, inside --data {args.data}, and be read "
+                "as scans next time; start the command from another folder, or give another --out"
+            )
+    return out
+
+
 def base_folder(args: argparse.Namespace) -> Path:
     """Where the runs lie. Phantoms have a folder of their own, so that the encoder a command takes
     by default has never been pretrained on the other kind."""
@@ -89,13 +108,8 @@ def load_data(args: argparse.Namespace, image_size: int) -> data.Collection:
         image_size: of the encoder, in pixels; the split does not depend on it.
 
     Raises:
-        UserError: the results would be written into the data, or the data cannot be read.
+        UserError: the data cannot be read.
     """
-    if args.data and RUNS.resolve().is_relative_to(args.data.resolve()):
-        raise data.UserError(
-            f"results go to {RUNS.resolve()}, which lies inside --data {args.data} and would be "
-            "read as scans next time; start the command from another folder"
-        )
     collection = data.load(args.data, image_size, RUNS / "cache", partial(tqdm, leave=False))
     paths, groups = collection.pictures.paths, len(np.unique(collection.groups))
     where = args.data or "phantoms, drawn by code (--data takes your own scans)"
@@ -104,11 +118,13 @@ def load_data(args: argparse.Namespace, image_size: int) -> data.Collection:
     for row, why in collection.pictures.unreadable.items():
         print(f"  left out, unreadable: {paths[row]!r} ({why})")
     for task in collection.tasks.values():
-        if task.notes["largest_group_is_a_chain"]:
+        counts = ", ".join(f"{(task.split == part).sum():,} {part}" for part in PARTS)
+        print(f"  task {task.name} ({', '.join(task.classes)}): {counts}")
+        if task.notes["largest_group_is_suspect"]:
             print(
                 f"  warning: one group holds {task.notes['largest_group']} of the "
-                f"{len(task.rows):,} pictures of {task.name}: near-twins may have linked "
-                "strangers into a chain"
+                f"{len(task.rows):,} pictures of {task.name}: one patient's, or near-twins that "
+                "have linked strangers into a chain"
             )
     return collection
 
@@ -194,7 +210,7 @@ def print_written(out: Path, command: list[str]) -> None:
 
 def pretrain(args: argparse.Namespace) -> None:
     """Learn an encoder from pictures without labels; leaves encoder.pt."""
-    out, machine = args.out or base_folder(args) / "pretrain", choose_machine(args)
+    out, machine = run_folder(args, "pretrain"), choose_machine(args)
     for name, published in PUBLISHED_SIZES.items():
         if getattr(args, name) is None:
             setattr(args, name, published if args.data else PHANTOM_DEFAULTS[name])
@@ -236,8 +252,8 @@ def pretraining_settings(
 ) -> simclr.Pretraining:
     """The settings for n pictures; says what is held out, and when the batch has to shrink."""
     held = len(collection.pictures.paths) - len(collection.pictures.unreadable) - n
-    tasks = ", ".join(collection.tasks) or "no task: all are unlabelled"
-    print(f"  held out of pretraining: {held:,} pictures (val and test groups of {tasks})")
+    tasks = f"the val and test groups of {', '.join(collection.tasks)}, and what was dropped"
+    print(f"  held out of pretraining: {held:,} pictures ({tasks if held else 'no task is here'})")
     if n < 2:
         raise data.UserError(f"{n} pictures are left to pretrain on; contrasting takes at least 2")
     if args.batch_size > n:
@@ -275,7 +291,7 @@ def save_pretraining(
     config: dict,
     seen: Tensor,
 ) -> None:
-    """Write checkpoint.pt, all that going on needs, and encoder.pt, all that using it needs.
+    """Write checkpoint.pt, the state of the training, and encoder.pt, all that using it needs.
 
     Args:
         epoch: the last one that was finished.
@@ -317,7 +333,7 @@ def finish_pretraining(
         )
     following = []
     if collection.tasks:
-        task = "tumor" if "tumor" in collection.tasks else min(collection.tasks)
+        task = "tumor" if args.data is None else min(collection.tasks)
         following = ["probe", *(["--data", str(args.data)] if args.data else []), "--task", task]
         following += ["--encoder", str(out / "encoder.pt")] if args.out else []
     print_written(out, following)
@@ -330,7 +346,7 @@ def finish_pretraining(
 
 def probe(args: argparse.Namespace) -> None:
     """Train the cosine MLP on the frozen encoder, and on the baselines; leaves classifier.pt."""
-    out, machine = args.out or base_folder(args) / f"probe-{args.task}", choose_machine(args)
+    out, machine = run_folder(args, f"probe-{args.task}"), choose_machine(args)
     path = args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
     encoder, checkpoint = simclr.load_encoder(path)
     collection = load_data(args, checkpoint["image_size"])
@@ -340,8 +356,7 @@ def probe(args: argparse.Namespace) -> None:
     values = {"task": task.name, "encoder": str(path.resolve()), "leaked": bool(leaked)}
     values["pretraining"] = checkpoint["config"]
     config = run_config(args, collection, machine, settings, **values)
-    counts = ", ".join(f"{len(task.part(part)[0]):,} {part}" for part in ("train", "val", "test"))
-    print(f"probe {task.name} ({', '.join(task.classes)}): {counts} pictures, on {machine.text}")
+    print(f"probe {task.name} with {path}, on {machine.text}")
     features = representations(encoder, checkpoint, collection, task, machine, args.seed)
     fits = {name: fit_probe(h, task, settings, name) for name, h in features.items()}
     results = {name: measure(task, probs) for name, (_, _, probs) in fits.items()}
@@ -355,9 +370,10 @@ def probe(args: argparse.Namespace) -> None:
     caption = f"LEAKED: the encoder has seen {len(leaked)} test pictures" if leaked else ""
     write_results(out, collection, task, results, probs, caption)
     write_training(out, records, f"Probe of {task.name}", caption)
-    others = [name for name in collection.tasks if name != task.name]
+    later = [name for name in sorted(collection.tasks) if name > task.name]
     flags = ["--data", str(args.data)] if args.data else []
-    print_written(out, ["probe", *flags, "--task", others[0]] if others else [])
+    flags += ["--encoder", str(args.encoder)] if args.encoder else []
+    print_written(out, ["probe", *flags, "--task", later[0]] if later else [])
 
 
 def representations(
@@ -537,7 +553,8 @@ def shared_flags() -> Parser:
     """The flags of every command that computes."""
     shared = Parser(add_help=False)
     flag = shared.add_argument_group("data and output").add_argument
-    flag("--data", type=Path, help="folder of scans, <task>/<class>/ below it; else phantoms")
+    text = "folder of scans: <task>/<class>/ or <task>/Training/<class>/ below it; else phantoms"
+    flag("--data", type=Path, help=text)
     flag("--out", type=Path, help="folder of this run; one below runs/ where not given")
     flag = shared.add_argument_group("machine").add_argument
     text = "moves first weights, order, views and dropout, never the split"
@@ -588,7 +605,7 @@ def build_parser() -> Parser:
     flag("--temperature", type=positive, default=published.temperature, help=text)
 
     flag = command(probe, "the test part, opened once; the val part chooses the epoch.")
-    flag("--task", required=True, help="folder below --data, such as tumor")
+    flag("--task", required=True, help="one of those that pretrain lists, such as tumor")
     flag("--encoder", type=Path, help="where pretrain/encoder.pt of the same data is not meant")
     text = "passes of the head over the features"
     flag("--epochs", type=partial(at_least, 0), default=heads.Probing.epochs, help=text)

@@ -131,12 +131,12 @@ class ResNet(nn.Module):
 
 
 def resnet18(in_channels: int = 1) -> ResNet:
-    """ResNet-18: E = 512; 11.2 million parameters. Loads torchvision's state dict less `fc`."""
+    """ResNet-18: E = 512; 11.2 million parameters, named as torchvision's (but for its `fc`)."""
     return ResNet(BasicBlock, (2, 2, 2, 2), in_channels)
 
 
 def resnet50(in_channels: int = 1) -> ResNet:
-    """ResNet-50: E = 2048; 23.5 million parameters. Loads torchvision's state dict less `fc`."""
+    """ResNet-50: E = 2048; 23.5 million parameters, named as torchvision's (but for its `fc`)."""
     return ResNet(Bottleneck, (3, 4, 6, 3), in_channels)
 
 
@@ -148,7 +148,7 @@ class ProjectionHead(nn.Sequential):
 
     Args:
         in_features: E.
-        hidden_dim: D, the size of the projection; the layer between is four times as wide.
+        hidden_dim: D, the size of the projection z; the layer before it is 4 D wide.
 
     Maps h (N, E) to z (N, D), any scale: `nt_xent` looks at directions only.
     """
@@ -368,6 +368,11 @@ def pretrain(
             on_step(step, sums)
         means = (sums / steps).tolist()  # waits for the device to finish, so time is taken after
         seconds = time.perf_counter() - began
+        if not math.isfinite(means[0]):
+            raise data.UserError(
+                f"the loss became {means[0]} in epoch {epoch} at learning rate {lr:.2g}; the last "
+                "checkpoint is as it was; start again with a lower --lr"
+            )
         record = {"epoch": epoch, "loss": means[0], "lr": lr, "contrastive_accuracy": means[1]}
         record |= {"embedding_std": means[2], "images_per_second": steps * N / seconds}
         yield record | {"seconds": seconds}
@@ -437,13 +442,15 @@ def load_encoder(path: Path) -> tuple[ResNet, dict]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if "arch" not in checkpoint:
+            raise ValueError(f"it holds {', '.join(map(str, checkpoint))}; encoder.pt is beside it")
         encoder = ARCHITECTURES[checkpoint["arch"]]()
         encoder.load_state_dict(checkpoint["encoder"])
     except FileNotFoundError:
         raise data.UserError(
-            f"no encoder at {path}; make one with: python main.py pretrain"
+            f"no encoder at {path}; make one with: python main.py pretrain, and the same --data"
         ) from None
     except Exception as error:  # torch.load raises nearly anything on a file that isn't its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise data.UserError(f"{path} is not an encoder that pretrain wrote ({reason})") from error
+        raise data.UserError(f"{path} cannot be used as an encoder.pt ({reason})") from error
     return encoder, checkpoint

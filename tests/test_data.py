@@ -310,6 +310,36 @@ def test_sources_pool_when_their_classes_are_the_same_and_else_stay_apart():
     assert tasks_of(*other) == {"x": ("a", "b"), "y": ("c", "d")}
 
 
+def test_known_class_names_are_classes_whatever_lies_below_them():
+    paths = ["tumor/glioma/case1/1.png", "tumor/glioma/case2/1.png", "tumor/notumor/1.png"]
+    assert tasks_of(*paths) == {"tumor": ("glioma", "notumor")}
+    stray = ["x/a/1.png", "x/a/new/1.png", "x/b/1.png"]
+    assert tasks_of(*stray) == {"x": ("a", "b")}
+    assert tasks_of("bleed/sub-dural/1.png", "bleed/sub-arachnoid/1.png") == {
+        "bleed": ("sub-arachnoid", "sub-dural")  # an id has a digit
+    }
+
+
+def test_a_publishers_parts_may_stand_above_the_task_and_what_is_beside_them_is_unlabelled():
+    above = [f"{p}/tumor/{c}/1.png" for p in ("Training", "Testing") for c in ("glioma", "no")]
+    (source,) = data.find_sources(above, "scans")
+    assert {part for _, _, part, _ in source.rows} == {"train", "test"}
+    beside = [f"t/{p}/{c}/1.png" for p in ("train", "test") for c in "ab"] + ["t/more/1.png"]
+    assert tasks_of(*beside) == {"t": ("a", "b")}
+
+
+def test_tasks_with_one_name_are_told_apart_by_their_folders():
+    """Three sources that would all be called stroke, with three sets of classes."""
+    found = tasks_of(
+        *("x/stroke/a/1.png", "x/stroke/b/1.png", "x/y/c/1.png", "x/y/d/1.png"),
+        *("stroke/normal/1.png", "stroke/stroke/1.png", "z/stroke/e/1.png", "z/stroke/f/1.png"),
+    )
+    assert found["stroke"] == ("normal", "stroke")
+    assert sorted(found.values()) == [("a", "b"), ("c", "d"), ("e", "f"), ("normal", "stroke")]
+    two = ("kaggle/tumor/yes/1.png", "kaggle/tumor/no/1.png", "kaggle/ms/yes/1.png")
+    assert set(tasks_of(*two, "kaggle/ms/no/1.png")) == {"tumor", "ms"}
+
+
 # --- groups ------------------------------------------------------------------------------------
 
 
@@ -379,6 +409,61 @@ def test_patients_are_known_by_file_name_and_by_folder_within_their_source(tmp_p
     assert group["alzheimer/a/OAS1_0028_MR1_1.png"] == group["alzheimer/b/OAS1_0028_MR2_1.png"]
     assert group["more/sub-01/1.png"] == group["more/sub-01/2.png"]
     assert group["more/sub-01/1.png"] != group["else/sub-01/1.png"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "ms/sub-{i:02d}/{c}/{s}.png",  # the patient above the classes
+        "mine/{c}/sub-{i:02d}/anat/{s}.png",  # and a visit below the patient
+        "alzheimer/{v}/{c}/OAS1_00{i:02d}_{s}.png",  # two sources, one person
+        "{part}/mine/{c}/Patient-{i}/{s}.png",  # a publisher's parts on top
+        "stroke/{c}/sub-{i:02d}/{i} ({s}).png",  # two kinds of name at once
+        "mine/{c}/patient_{i}_{s}.png",
+        "mine/{c}/T1_sub-{i:02d}_{s}.png",
+    ],
+)
+def test_no_patient_is_on_two_sides_wherever_his_name_stands(tmp_path, pattern):
+    """Each of these layouts once let patients through from train to test."""
+    n, who = 0, {}
+    for i in range(12):
+        for s in range(4):
+            class_ = "normal" if (s if "ms/" in pattern else i) % 2 else "stroke"
+            words = {"v": ("x", "y")[s % 2], "part": ("Training", "Testing")[s == 3 and i < 4]}
+            path = pattern.format(i=i, s=s, c=class_, **words)
+            save(tmp_path / "scans" / path, head(n := n + 1))
+            who[path] = i
+    collection = read(tmp_path / "scans", tmp_path)
+    (task,) = collection.tasks.values()
+    sides: dict[int, set[str]] = {}
+    for path, part in split_of(task, collection).items():
+        sides.setdefault(who[path], set()).add(part)
+    assert all(len(parts - {"dropped"}) == 1 for parts in sides.values())
+    assert {part for parts in sides.values() for part in parts} >= {"train", "val", "test"}
+
+
+def test_loose_pictures_of_a_tested_patient_are_not_pretrained_on(tmp_path):
+    n = 0
+    for i in range(12):
+        class_ = "a" if i % 2 else "b"
+        for path in (
+            f"alzheimer/{class_}/OAS1_00{i:02d}_1.png",
+            f"more/OAS1_00{i:02d}_9.png",
+            f"t/train/{class_}/sub-{i:02d}_1.png"
+            if i < 8
+            else f"t/test/{class_}/sub-{i:02d}_1.png",
+            f"t/extra/sub-{i:02d}_9.png",
+        ):
+            save(tmp_path / "scans" / path, head(n := n + 1))
+    collection = read(tmp_path / "scans", tmp_path)
+    paths = collection.pictures.paths
+    taken = {paths[row] for row in collection.pretraining_rows()}
+    for task in collection.tasks.values():
+        for row in np.concatenate([task.part("test")[0], task.part("val")[0]]):
+            number = paths[row].split("_")[-2].split("-")[-1]
+            folder = "more/OAS1_" if task.name == "alzheimer" else "t/extra/sub-"
+            assert f"{folder}{number}_9.png" in paths
+            assert f"{folder}{number}_9.png" not in taken
 
 
 # --- splits ------------------------------------------------------------------------------------

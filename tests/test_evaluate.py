@@ -163,6 +163,13 @@ def test_accuracy_interval_matches_the_binomial_one():
     assert (low, high) == pytest.approx((p - half, p + half), abs=0.01)
 
 
+def test_a_perfect_classifier_has_perfect_intervals_though_resamples_miss_a_class():
+    """Scoring a class that was not drawn as 0 would give macro F1 an interval down to 0.75."""
+    labels = np.repeat([0, 1, 2, 3], [30, 30, 5, 3])
+    intervals = evaluate.group_bootstrap(labels, np.eye(4)[labels], np.arange(68))
+    assert all(interval == [1.0, 1.0] for interval in intervals.values())
+
+
 def test_a_single_group_and_a_single_class_have_no_interval():
     labels, probs = random_predictions(12)
     assert set(evaluate.group_bootstrap(labels, probs, np.zeros(12)).values()) == {None}
