@@ -37,11 +37,7 @@ import heads
 import simclr
 
 RUNS = Path("runs")
-PUBLISHED_SIZES = {
-    "image_size": 128,
-    "batch_size": simclr.Pretraining.batch_size,
-    "epochs": simclr.Pretraining.epochs,
-}
+PUBLISHED = {"image_size": 128} | asdict(simclr.Pretraining())
 # On the phantoms a command takes minutes on a laptop; these settings, and no others, differ there.
 PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 32, "epochs": 12}
 PARTS = ("train", "val", "test", "dropped")
@@ -96,8 +92,7 @@ def run_folder(args: argparse.Namespace, name: str) -> Path:
 
 
 def base_folder(args: argparse.Namespace) -> Path:
-    """Where the runs lie. Phantoms have a folder of their own, so that the encoder a command takes
-    by default has never been pretrained on the other kind."""
+    """Where the runs lie; apart for phantoms, so that no default encoder is of the other kind."""
     return RUNS if args.data else RUNS / "phantoms"
 
 
@@ -152,12 +147,8 @@ def run_config(
         "device": machine.device.type,
         "precision": "bf16" if machine.bf16 else "fp32",
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-        },
+        "versions": {module.__name__: str(module.__version__) for module in (torch, np, PIL)}
+        | {"python": platform.python_version()},
     }
 
 
@@ -197,8 +188,7 @@ def print_written(out: Path, command: list[str]) -> None:
         out: the run's folder.
         command: the next command's words after main.py; none = say nothing.
     """
-    names = sorted(p.name for p in out.iterdir() if p.is_file() and not p.name.startswith("."))
-    print(f"wrote {out}/: {', '.join(names)}")
+    print(f"wrote {out}/: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if command:
         print("next:", shlex.join(["python", "main.py", *command]))
 
@@ -211,9 +201,9 @@ def print_written(out: Path, command: list[str]) -> None:
 def pretrain(args: argparse.Namespace) -> None:
     """Learn an encoder from pictures without labels; leaves encoder.pt."""
     out, machine = run_folder(args, "pretrain"), choose_machine(args)
-    for name, published in PUBLISHED_SIZES.items():
+    for name, value in PHANTOM_DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, published if args.data else PHANTOM_DEFAULTS[name])
+            setattr(args, name, PUBLISHED[name] if args.data else value)
     collection = load_data(args, args.image_size)
     rows = collection.pretraining_rows()
     settings = pretraining_settings(args, collection, len(rows))
@@ -571,17 +561,15 @@ def build_parser() -> Parser:
 
     The help of a command is the first line of the function that runs it, and what it holds out.
     """
-    description = "SimCLR for brain scans, by hand, in plain PyTorch."
-    parser = Parser(prog="main.py", description=description)
+    parser = Parser(prog="main.py", description="SimCLR for brain scans, by hand, in PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    shared, published = shared_flags(), simclr.Pretraining()
 
     def command(run: Callable, held_out: str) -> Callable:
         """Add a subcommand; what is returned declares a flag of it."""
         summary = run.__doc__.splitlines()[0]
         sub = commands.add_parser(
             run.__name__,
-            parents=[shared],
+            parents=[shared_flags()],
             help=summary,
             formatter_class=HelpFormatter,
             description=f"{summary} Held out: {held_out}",
@@ -590,19 +578,19 @@ def build_parser() -> Parser:
         return sub.add_argument_group("model and optimisation").add_argument
 
     flag = command(pretrain, "the val and test groups of every task below --data.")
-    text = "encoder; resnet50 takes about three times as long"
+    text = "encoder; resnet50 has twice the parameters and four times the features"
     flag("--arch", choices=tuple(simclr.ARCHITECTURES), default="resnet18", help=text)
     for name, low, text in (
         ("image_size", 32, "side of the square pictures, in pixels"),
         ("batch_size", 2, "slices a step; more negatives, more memory"),
         ("epochs", 0, "passes over the pictures; 0 leaves random weights"),
     ):
-        text += f" (default: {PUBLISHED_SIZES[name]}; {PHANTOM_DEFAULTS[name]} on phantoms)"
+        text += f" (default: {PUBLISHED[name]}; {PHANTOM_DEFAULTS[name]} on phantoms)"
         flag(f"--{name.replace('_', '-')}", type=partial(at_least, low), help=text)
     text = "learning rate at the start; halve it if the loss turns NaN"
-    flag("--lr", type=positive, default=published.lr, help=text)
+    flag("--lr", type=positive, default=PUBLISHED["lr"], help=text)
     text = "softmax scale of NT-Xent in cosine units; lower stresses the hardest negatives"
-    flag("--temperature", type=positive, default=published.temperature, help=text)
+    flag("--temperature", type=positive, default=PUBLISHED["temperature"], help=text)
 
     flag = command(probe, "the test part, opened once; the val part chooses the epoch.")
     flag("--task", required=True, help="one of those that pretrain lists, such as tumor")

@@ -366,16 +366,37 @@ def pretrain(
             optimizer.step()
             sums += torch.stack([loss.detach(), *contrastive_statistics(z_a, z_b)])
             on_step(step, sums)
-        means = (sums / steps).tolist()  # waits for the device to finish, so time is taken after
-        seconds = time.perf_counter() - began
-        if not math.isfinite(means[0]):
-            raise data.UserError(
-                f"the loss became {means[0]} in epoch {epoch} at learning rate {lr:.2g}; the last "
-                "checkpoint is as it was; start again with a lower --lr"
-            )
-        record = {"epoch": epoch, "loss": means[0], "lr": lr, "contrastive_accuracy": means[1]}
-        record |= {"embedding_std": means[2], "images_per_second": steps * N / seconds}
-        yield record | {"seconds": seconds}
+        yield epoch_record(epoch, lr, sums / steps, steps * N, began)
+
+
+def epoch_record(
+    epoch: int, lr: float, means: Tensor, pictures: int, began: float
+) -> dict[str, float]:
+    """What one epoch yields; see `pretrain`.
+
+    Args:
+        means: (3,) loss, contrastive accuracy, embedding std.
+        began: when the epoch did, on time.perf_counter's clock.
+
+    Raises:
+        UserError: the loss is no finite number; what was saved before is as it was.
+    """
+    loss, accuracy, std = means.tolist()  # waits for the device, so the clock is read after it
+    seconds = time.perf_counter() - began
+    if not math.isfinite(loss):
+        raise data.UserError(
+            f"the loss became {loss} in epoch {epoch} at learning rate {lr:.2g}; what was written "
+            "before is as it was; start again with a lower --lr"
+        )
+    return {
+        "epoch": epoch,
+        "loss": loss,
+        "lr": lr,
+        "contrastive_accuracy": accuracy,
+        "embedding_std": std,
+        "images_per_second": pictures / seconds,
+        "seconds": seconds,
+    }
 
 
 @torch.inference_mode()
