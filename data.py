@@ -246,27 +246,30 @@ def find_sources(paths: list[str], root_name: str) -> list[Source]:
             tree.setdefault(folders[:depth], {}).setdefault(name, []).append(row)
 
     def visit(folder: tuple[str, ...]) -> list[Source]:
+        """The sources in a folder and below it."""
         kids = tree.get(folder, {})
-        sure = any(set(spell(kids, k).values()) <= set(k.classes) for k in KNOWN_TASKS.values())
-        below = (
-            [] if sure and len(kids) > 1 else [s for name in kids for s in visit((*folder, name))]
-        )
-        if below or len(kids) < 2:
-            return below
-        task = name_task(folder, root_name, set(kids))
-        known = KNOWN_TASKS.get(task, KnownTask(()))
+        spelled = [(spell(kids, known), known.classes) for known in KNOWN_TASKS.values()]
+        named = max(([n for n in kids if s[n] in classes] for s, classes in spelled), key=len)
+        named = named if len(named) > 1 else []
+        below = [s for name in kids if name not in named for s in visit((*folder, name))]
+        names = named if below else list(kids)
         # Where a publisher made parts, a folder that has none of them is beside the classes.
-        parted = {name for name, rows in kids.items() if any(plain[r][1] for r in rows)}
-        spelling = spell(kids, known) if known.classes else {name: name for name in kids}
+        names = [n for n in names if any(plain[r][1] for r in kids[n])] or names
+        if len(names) < 2:
+            return below
+        task = name_task(folder, root_name, set(names))
+        known = KNOWN_TASKS.get(task, KnownTask(()))
+        spelling = spell(names, known) if known.classes else {name: name for name in names}
         rows = [
             (r, spelling[name], plain[r][1], f"{name}/{paths[r].split('/')[-1]}")
-            for name in parted or kids
+            for name in names
             for r in kids[name]
         ]
-        found = {class_ for _, class_, _, _ in rows}
+        found = set(spelling.values())
+        if len(found) < 2:  # one class in two spellings
+            return below
         order = [class_ for class_ in known.classes if class_ in found]
-        classes = (*order, *sorted(found - set(order)))
-        return [Source("/".join(folder), task, classes, rows)] if len(classes) > 1 else []
+        return [Source("/".join(folder), task, (*order, *sorted(found - set(order))), rows), *below]
 
     # Sources pool when their classes are the same; else each is a task named by its own folder,
     # and where two folders have one name, by its path.

@@ -275,6 +275,7 @@ def test_class_folders_below_a_task_folder_and_below_the_data_folder_itself():
         "tumor": ("glioma", "notumor")
     }
     assert tasks_of("Tumor/no/1.png", "Tumor/yes/1.png") == {"tumor": ("notumor", "yes")}
+    assert tasks_of("tumor/no/1.png", "tumor/no_tumor/1.png") == {}
     assert tasks_of("sick/1.png", "well/1.png") == {"scans": ("sick", "well")}
     assert tasks_of("Normal/1.png", "Stroke/1.png") == {"stroke": ("normal", "stroke")}
 
@@ -324,6 +325,13 @@ def test_a_publishers_parts_may_stand_above_the_task_and_what_is_beside_them_is_
     above = [f"{p}/tumor/{c}/1.png" for p in ("Training", "Testing") for c in ("glioma", "no")]
     (source,) = data.find_sources(above, "scans")
     assert {part for _, _, part, _ in source.rows} == {"train", "test"}
+    known = [f"tumor/{p}/{c}/1.png" for p in ("Training", "Testing") for c in ("glioma", "no")]
+    inside = [*known, "tumor/other/glioma/1.png", "tumor/other/no/1.png"]
+    assert [source.folder for source in data.find_sources(inside, "scans")] == [
+        "tumor",
+        "tumor/other",
+    ]
+    assert set(tasks_of(*inside)) == {"tumor"}
     beside = [f"t/{p}/{c}/1.png" for p in ("train", "test") for c in "ab"] + ["t/more/1.png"]
     assert tasks_of(*beside) == {"t": ("a", "b")}
 
