@@ -271,17 +271,22 @@ def find_sources(paths: list[str], root_name: str) -> list[Source]:
         order = [class_ for class_ in known.classes if class_ in found]
         return [Source("/".join(folder), task, (*order, *sorted(found - set(order))), rows), *below]
 
-    # Sources pool when their classes are the same; else each is a task named by its own folder,
-    # and where two folders have one name, by its path.
-    sources = visit(())
-    known_pairs = {(task, known.classes) for task, known in KNOWN_TASKS.items()}
+    return tell_apart(visit(()), root_name)
+
+
+def tell_apart(sources: list[Source], root_name: str) -> list[Source]:
+    """Rename sources that share a task's name but not its classes.
+
+    Sources pool when their classes are the same; else each is a task named by its own folder, and
+    where two folders have one name, by its path. A known task's full set of classes keeps its name.
+    """
+    full = {(task, known.classes) for task, known in KNOWN_TASKS.items()}
     for own in (lambda s: s.folder.split("/")[-1], lambda s: s.folder.replace("/", "-")):
-        rivals = {(s.task, s.classes) for s in sources}
-        clash = {task for task, classes in rivals for t, c in rivals if t == task and c != classes}
+        kinds = {(s.task, s.classes) for s in sources}
+        names = [task for task, _ in kinds]
+        rivals = {kind for kind in kinds - full if names.count(kind[0]) > 1}
         sources = [
-            s._replace(task=own(s) or root_name)
-            if s.task in clash and (s.task, s.classes) not in known_pairs
-            else s
+            s._replace(task=own(s) or root_name) if (s.task, s.classes) in rivals else s
             for s in sources
         ]
     return sources
