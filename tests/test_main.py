@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import data
+import evaluate
 import heads
 import main
 import simclr
@@ -35,11 +36,11 @@ def rows_of(path: str) -> list[dict[str, str]]:
 
 
 def plant(root: Path, task: str = "mine", patients: int = 8, seed: int = 0) -> None:
-    """Two classes of random pictures, two slices a patient."""
+    """Two classes of random pictures, one to three slices a patient, so that parts differ in size."""
     rng = np.random.default_rng(seed)
     for class_ in ("sick", "well"):
         for patient in range(patients):
-            for i in range(2):
+            for i in range(1 + patient % 3):
                 path = root / task / class_ / f"sub-{class_}{patient}" / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8)).save(path)
@@ -152,15 +153,27 @@ def test_every_task_of_the_phantoms_can_be_probed(task):
 
 
 def test_real_folders_go_through_both_commands_and_batches_shrink(tmp_path, capsys):
-    plant(tmp_path / "scans")
+    plant(tmp_path / "scans", seed=1)
     size = ["--image-size", "32"]
     assert main.main(["pretrain", "--data", "scans", "--epochs", "1", *size]) == 0
     out = capsys.readouterr().out
-    assert "the batch shrinks from 512 to the 24 pictures" in out
+    assert "the batch shrinks from 512 to the " in out
     assert "next: python main.py probe --data scans --task mine" in out
     assert main.main(["probe", "--data", "scans", "--task", "mine", "--epochs", "2"]) == 0
     assert not (tmp_path / "scans" / "runs").exists()
     assert json.loads(Path("runs/probe-mine/config.json").read_text())["phantoms"] is False
+    metrics = json.loads(Path("runs/probe-mine/metrics.json").read_text())
+    predictions = rows_of("runs/probe-mine/predictions.csv")
+    labels = [metrics["classes"].index(row["label"]) for row in predictions]
+    probs = [[float(row[f"p_{name}"]) for name in metrics["classes"]] for row in predictions]
+    groups = [row["group"] for row in predictions]
+    again = evaluate.group_bootstrap(np.array(labels), np.array(probs), np.array(groups))
+    assert metrics["n_groups"] == len(set(groups)) and metrics["ci95"].keys() == again.keys()
+    sizes = [
+        sum(row["split"] == part for row in rows_of("runs/probe-mine/splits.csv"))
+        for part in ("val", "test")
+    ]
+    assert sizes[0] != sizes[1] == metrics["n"]  # else labels of the wrong part might pass
 
 
 def test_bf16_runs_where_it_is_asked_for(tmp_path):
@@ -201,7 +214,7 @@ def test_a_leaked_test_part_is_refused_and_with_allow_leak_marked_everywhere(tmp
         (flat / f"{i}.png").write_bytes(path.read_bytes())
     main.main(["pretrain", "--data", "flat", "--epochs", "0", "--image-size", "32"])
     probe = ("probe", "--data", "scans", "--task", "mine", "--epochs", "1")
-    assert "pretrained on 4 of the 4 test pictures" in refused(capsys, *probe)
+    assert "the encoder was pretrained on 2 of the 2 test pictures" in refused(capsys, *probe)
     assert main.main([*probe, "--allow-leak"]) == 0
     for name in ("config.json", "metrics.json"):
         assert json.loads(Path(f"runs/probe-mine/{name}").read_text())["leaked"] is True
