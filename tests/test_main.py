@@ -36,7 +36,7 @@ def rows_of(path: str) -> list[dict[str, str]]:
 
 
 def plant(root: Path, task: str = "mine", patients: int = 8, seed: int = 0) -> None:
-    """Two classes of random pictures, one to three slices a patient, so that parts differ in size."""
+    """Two classes of random pictures; one to three slices a patient, so that parts differ."""
     rng = np.random.default_rng(seed)
     for class_ in ("sick", "well"):
         for patient in range(patients):
