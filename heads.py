@@ -101,7 +101,7 @@ def train_probe(
 
     Args:
         head: maps (N, E) to (N, K); changed in place, left in eval mode.
-        train, val: (features (n, E) float32, labels (n,) int64), on the head's device.
+        train, val: (features (n, E) float32, labels (n,) int64), on the CPU, as the head.
 
     Yields:
         After each epoch: epoch, train_loss (nats), val_loss, val_accuracy (None without val), lr.
@@ -117,10 +117,11 @@ def train_probe(
         order = torch.randperm(n, generator=data.generator_for(settings.seed, epoch, 0))
         # Even batches, not a small last one: batch norm needs at least two rows.
         batches = order.tensor_split(-(-n // settings.batch_size))
-        total = torch.zeros((), device=features.device)
+        total = torch.zeros(())
         for step, rows in enumerate(batches, start=1):
-            rows = rows.to(features.device)
-            torch.manual_seed(data.seed_from(settings.seed, epoch, step))  # dropout's only source
+            # Dropout draws from this generator alone. (torch.manual_seed would also queue a seed for
+            # every GPU, with a stack trace each time: a tenth of this loop.)
+            torch.default_generator.manual_seed(data.seed_from(settings.seed, epoch, step))
             loss = F.cross_entropy(head(features[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()
