@@ -119,8 +119,8 @@ def train_probe(
         batches = order.tensor_split(-(-n // settings.batch_size))
         total = torch.zeros(())
         for step, rows in enumerate(batches, start=1):
-            # Dropout draws from this generator alone. (torch.manual_seed would also queue a seed for
-            # every GPU, with a stack trace each time: a tenth of this loop.)
+            # Dropout draws from this generator alone; torch.manual_seed would, at every step, also
+            # queue a seed for GPUs that nobody has started.
             torch.default_generator.manual_seed(data.seed_from(settings.seed, epoch, step))
             loss = F.cross_entropy(head(features[rows]), labels[rows])
             optimizer.zero_grad()
