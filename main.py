@@ -63,8 +63,7 @@ def choose_machine(args: argparse.Namespace) -> Machine:
         UserError: --device names one that is not here.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    best = "cuda" if cuda else "mps" if mps else "cpu"
-    name = best if args.device == "auto" else args.device
+    name = ("cuda" if cuda else "mps" if mps else "cpu") if args.device == "auto" else args.device
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise data.UserError(f"this machine has no {name} device; give --device auto or cpu")
     bf16, why = simclr.native_bf16(torch.device(name))

@@ -242,5 +242,5 @@ def test_encoder_checkpoint_survives_the_round_trip_and_names_what_is_wrong(tmp_
     with pytest.raises(data.UserError, match="main.py pretrain"):
         simclr.load_encoder(tmp_path / "missing.pt")
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(data.UserError, match="not an encoder"):
+    with pytest.raises(data.UserError, match="cannot be used as an encoder"):
         simclr.load_encoder(path)
