@@ -551,7 +551,8 @@ def patient_pairs(paths: list[str], sources: list[Source]) -> np.ndarray:
     pairs = []
     for row, path in enumerate(paths):
         folders, _ = plain_folders(path)
-        around = [s.folder for s in sources if "/".join((*folders, "")).startswith(s.folder + "/")]
+        inside = "/".join((*folders, ""))
+        around = [s.folder for s in sources if inside.startswith(f"{s.folder}/".lstrip("/"))]
         place = max(around, key=len, default=folders[0] if folders else "")
         match = PATIENT.search(path)
         if row in source_of:

@@ -290,8 +290,8 @@ def native_bf16(device: torch.device) -> tuple[bool, str]:
 def memory_format(device: torch.device, bf16: bool) -> torch.memory_format:
     """channels_last where it is faster: everywhere, except for float32 on a CPU with AVX-512.
 
-    Measured with ResNet-18 on two cores: on a CPU with AVX2 alone channels_last gains 10 to 40 %
-    in float32; with AVX-512 it loses badly in float32 and gains in bf16.
+    Measured with ResNet-18 on two cores with AVX2 alone: channels_last gains 10 to 40 % in float32.
+    With AVX-512 it was reported to lose badly in float32 and to gain in bf16.
     """
     wide = "AVX512" in torch.backends.cpu.get_cpu_capability()
     slower = device.type == "cpu" and not bf16 and wide

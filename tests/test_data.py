@@ -474,6 +474,19 @@ def test_loose_pictures_of_a_tested_patient_are_not_pretrained_on(tmp_path):
             assert f"{folder}{number}_9.png" not in taken
 
 
+def test_loose_pictures_belong_to_a_source_that_is_the_data_folder_itself(tmp_path):
+    """The source's folder is then '', which a comparison of prefixes with a slash once missed."""
+    for i in range(12):
+        part, class_ = ("test" if i > 7 else "train"), "ab"[i % 2]
+        save(tmp_path / "scans" / part / class_ / f"sub-{i:02d}_1.png", head(2 * i))
+        save(tmp_path / "scans" / "extra" / f"sub-{i:02d}_9.png", head(2 * i + 1))
+    collection = read(tmp_path / "scans", tmp_path)
+    assert collection.tasks["scans"].classes == ("a", "b")
+    taken = {collection.pictures.paths[row] for row in collection.pretraining_rows()}
+    assert not taken & {f"extra/sub-{i:02d}_9.png" for i in range(8, 12)}
+    assert any(path.startswith("extra/") for path in taken)
+
+
 # --- splits ------------------------------------------------------------------------------------
 
 
