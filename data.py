@@ -26,16 +26,17 @@ Departures from the paper (§3 and appendix A of 2002.05709):
 Next: simclr.py
 """
 
+import errno
 import hashlib
 import math
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -50,7 +51,9 @@ TWIN_COSINE = 0.98  # finds exactly 200 groups, its people, in the Kaggle Alzhei
 SPLIT_SEED = b"simclr-brain-1"  # a constant: --seed never moves a picture between the parts
 CHAIN_SHARE = 0.05  # a group above this share of its task may be strangers linked in a chain,
 CHAIN_LEAST = 4  # unless it is as small as any patient's
+SKETCH = 128  # directions that tell most thumbnails apart, before all 1,024 pixels are compared
 MAX_UNREADABLE = (5, 0.01)  # more than five *and* more than 1 % unreadable pictures stop a run
+CACHE_VERSION = 2  # raise it when reading, shrinking or the phantoms change: old caches are left
 
 
 class UserError(Exception):
@@ -143,11 +146,14 @@ VISIT = re.compile(r"(ses-\w+|anat|dwi|func|perf)$")  # folders below a person, 
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 PARTS |= {"val": "val", "valid": "val", "validation": "val"}
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # Pillow knows more; some start programs
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 
 
 def is_picture(path: str) -> bool:
     """True where the ending or the first bytes say so: publishers name PNGs .jpg, or nothing."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        return False  # a pipe or a socket: opening it would wait for ever
     if os.path.splitext(path)[1].lower() in ENDINGS:
         return True
     try:
@@ -161,11 +167,16 @@ def is_picture(path: str) -> bool:
 def list_pictures(root: Path) -> tuple[list[str], int]:
     """Every picture below `root`, and how many other files lie there.
 
+    A folder that may not be opened is listed as a picture, so that it is named with those that
+    cannot be read; passing over it in silence would change the split.
+
     Returns:
         (paths below root with forward slashes, sorted; the count of other files)
     """
+    closed: list[str] = []
     found, others, seen = [], 0, set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    walk = os.walk(root, onerror=lambda error: closed.append(error.filename), followlinks=True)
+    for folder, folders, files in walk:
         real = os.path.realpath(folder)
         if real in seen:  # a link to a folder above itself would be walked for ever
             folders.clear()
@@ -175,9 +186,9 @@ def list_pictures(root: Path) -> tuple[list[str], int]:
         # macOS leaves a hidden ._name.jpg beside name.jpg, which is none.
         shown = [os.path.join(folder, name) for name in files if not name.startswith(".")]
         pictures = [path for path in shown if is_picture(path)]
-        found += [Path(path).relative_to(root).as_posix() for path in pictures]
+        found += pictures
         others += len(files) - len(pictures)
-    return sorted(found), others
+    return sorted(Path(path).relative_to(root).as_posix() for path in found + closed), others
 
 
 class Source(NamedTuple):
@@ -300,8 +311,9 @@ def tell_apart(sources: list[Source], root_name: str) -> list[Source]:
 def read_gray(path: str | Path) -> np.ndarray:
     """Decode one picture, of any PIL mode, as gray bytes at its own size.
 
-    Colour becomes luma (ITU-R 601, as PIL's "L"), what is transparent becomes black, and pixels of
-    16 bits or of floating point are scaled by their own range (clipping would leave white).
+    Its content, not its ending, says how. Colour becomes luma (ITU-R 601, as PIL's "L"), what is
+    transparent becomes black, and pixels of 16 bits or of floating point are scaled by their own
+    range (clipping would leave white). An animation gives its first frame.
 
     Returns:
         (H, W) uint8 in [0, 255].
@@ -309,7 +321,10 @@ def read_gray(path: str | Path) -> np.ndarray:
     Raises:
         OSError, ValueError, SyntaxError: PIL could not read it.
     """
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
+        # A colour JPEG stores luma apart, and the decoder can leave the colours packed: twice as
+        # fast at 512 px. It could shrink, too, but hash and thumbnail have to see every pixel.
+        image.draft("L", image.size)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
             pixels = np.asarray(image, dtype=np.float64)
@@ -367,26 +382,46 @@ class Pictures:
     """Every picture of a folder, decoded once. Row r of each array is the picture `paths[r]`."""
 
     paths: list[str]
-    images: np.ndarray  # (n, S, S) uint8, memory-mapped from the cache
     thumbnails: np.ndarray  # (n, 32, 32) uint8
     hashes: np.ndarray  # (n, 16) uint8, the first half of the SHA-256 of the gray pixels
     unreadable: dict[int, str]  # row -> why; its row of the arrays means nothing
+    cached: np.ndarray  # memory-mapped rows of the cache, in the order they were decoded in
+    place: np.ndarray  # (n,) int64, the row of `cached` that holds a picture
+
+    def squares(self, rows: np.ndarray) -> np.ndarray:
+        """The pictures of `rows` (m,), shrunk and padded to squares: (m, S, S) uint8."""
+        return self.cached["square"][self.place[rows]]
+
+    def names(self) -> np.ndarray:
+        """(n,) bytes: the hashes in a form that can be compared at once."""
+        return self.hashes.view("S16")[:, 0]
+
+    def copies(self) -> np.ndarray:
+        """Each picture with the pixels of an earlier one, beside it: (m, 3) int64, as `twin_pairs`.
+
+        `twin_pairs` finds nearly all of these; pictures of a single colour have no direction that
+        a cosine could compare, and need this.
+        """
+        _, first, which = np.unique(self.names(), return_index=True, return_inverse=True)
+        pairs = np.stack([first[which], np.arange(len(which)), np.zeros_like(which)], axis=1)
+        return pairs[(pairs[:, 0] < pairs[:, 1]) & ~np.isin(pairs[:, 1], list(self.unreadable))]
 
 
-def decode_one(read: Callable[[str], np.ndarray], path: str, square: np.ndarray) -> tuple:
-    """Read one picture into `square` (S, S) uint8, in place.
-
-    Returns:
-        (thumbnail (32, 32) uint8, first 16 bytes of the SHA-256 of its gray pixels, '' or an error)
-    """
+def decode_one(read: Callable, path: str, key: bytes, kind: np.dtype) -> np.ndarray | str:
+    """Read one picture into a row of the cache, of type `kind`; or say why it cannot be read."""
     try:
         gray = read(path)
-        square[:] = fit_square(gray, len(square))
-        digest = hashlib.sha256(np.ascontiguousarray(gray)).digest()[:16]
-        return thumbnail(gray), np.frombuffer(digest, np.uint8), ""
+        digest = np.frombuffer(hashlib.sha256(np.ascontiguousarray(gray)).digest()[:16], np.uint8)
+        square = fit_square(gray, kind["square"].shape[0])
+        return np.array((key, digest, thumbnail(gray), square), kind)
     except Exception as error:  # a broken file can make PIL raise nearly anything
-        blank = np.zeros((THUMBNAIL, THUMBNAIL), np.uint8), np.zeros(16, np.uint8)
-        return *blank, f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}"
+
+
+def map_rows(file: Path, kind: np.dtype) -> tuple[np.ndarray, dict[bytes, int]]:
+    """The rows of a cache file, memory-mapped (one empty row if none), and where each key is."""
+    rows = np.memmap(file, kind, "r") if file.stat().st_size else np.zeros(1, kind)
+    return rows, dict(zip(rows["key"].tolist(), range(len(rows)), strict=True))
 
 
 def decode(
@@ -398,10 +433,11 @@ def decode(
     cache: Path,
     progress: Callable[..., Iterable],
 ) -> Pictures:
-    """Decode `paths` in parallel into one array in the cache folder, or map the one that is there.
+    """Decode the pictures that are not in the cache yet, on every core, and map them all.
 
-    The array's name holds a digest of every path and stamp, so a folder that changed misses the
-    cache. The index is written last: where it stands, the array is whole.
+    The cache of a folder is one file of equal rows, a row a picture, found by a digest of its path
+    and stamp. Rows are only ever appended, each by one write: what was decoded before a crash is
+    there afterwards, and a file that changed has a new stamp and gets a new row.
 
     Args:
         name: tells the caches of two data folders apart.
@@ -409,29 +445,39 @@ def decode(
         read: path -> (H, W) uint8 gray.
         progress: wraps an iterable and shows how far it is, as tqdm does.
     """
-    place = f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}-{image_size}"
-    listing = hashlib.sha256("\n".join([*paths, *stamps]).encode("utf8", "surrogateescape"))
-    array = cache / f"{place}-{listing.hexdigest()[:12]}.npy"
-    index, shape = array.with_suffix(".npz"), (len(paths), image_size, image_size)
-    if not index.exists():
-        for stale in cache.glob(f"{place}-*"):
-            stale.unlink(missing_ok=True)
-        with write_atomically(array) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            squares = np.memmap(file, np.uint8, "r+", file.tell(), shape)
-            # Threads, not processes: PIL, zlib and hashlib let go of the interpreter lock.
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                jobs = pool.map(partial(decode_one, read), paths, squares)
-                rows = list(progress(jobs, total=len(paths), desc="decode", unit="picture"))
-            squares.flush()
-        thumbnails, hashes, errors = (np.stack(column) for column in zip(*rows, strict=True))
-        with write_atomically(index) as file:
-            np.savez(file, thumbnails=thumbnails, hashes=hashes, errors=errors)
-    with np.load(index) as known:
-        thumbnails, hashes, errors = known["thumbnails"], known["hashes"], known["errors"]
-    unreadable = {int(row): str(errors[row]) for row in np.flatnonzero(errors != "")}
-    return Pictures(paths, np.load(array, mmap_mode="r"), thumbnails, hashes, unreadable)
+    shapes = (("key", "S16"), ("hash", "u1", 16), ("thumbnail", "u1", (THUMBNAIL, THUMBNAIL)))
+    kind = np.dtype([*shapes, ("square", "u1", (image_size, image_size))])
+    place = hashlib.sha256(os.fsencode(f"{CACHE_VERSION} {name}")).hexdigest()[:12]
+    cache.mkdir(parents=True, exist_ok=True)
+    file = cache / f"{place}-{image_size}.rows"
+    texts = [f"{path}\0{stamp}" for path, stamp in zip(paths, stamps, strict=True)]
+    digests = [hashlib.sha256(text.encode("utf8", "surrogateescape")).digest() for text in texts]
+    keys = np.array([digest[:16] for digest in digests], "S16").tolist()
+    unreadable = {}
+    with open(file, "ab", buffering=0) as out:
+        out.truncate(out.tell() // kind.itemsize * kind.itemsize)  # takes off a row cut short
+        known = map_rows(file, kind)[1]
+        todo = [i for i, key in enumerate(keys) if key not in known]
+        # Threads, not processes: PIL, zlib and hashlib let go of the interpreter lock. `closing`
+        # gives up what is queued when the loop is left by an error or Ctrl-C.
+        with (
+            warnings.catch_warnings(),
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            closing(pool.map(lambda i: decode_one(read, paths[i], keys[i], kind), todo)) as rows,
+        ):
+            warnings.simplefilter("ignore")  # odd metadata is nobody's concern, but a picture
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # > 89 megapixels is out
+            for i in progress(todo, desc="decode", unit="picture") if todo else ():
+                row = next(rows)
+                if isinstance(row, str):
+                    unreadable[i] = row
+                elif out.write(row.tobytes()) < kind.itemsize:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+    cached, known = map_rows(file, kind)
+    where = np.array([known.get(key, -1) for key in keys], np.int64)
+    thumbnails, hashes = cached["thumbnail"][where], cached["hash"][where]
+    thumbnails[where < 0] = hashes[where < 0] = 0  # of the unreadable
+    return Pictures(paths, thumbnails, hashes, unreadable, cached, where)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -439,8 +485,19 @@ def decode(
 # ---------------------------------------------------------------------------------------------
 
 
+def sketch(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Shorten vectors to the directions in which they differ most (their principal ones).
+
+    Returns:
+        (the coordinates (n, 128) along these, the length (n,) of what they leave over)
+    """
+    basis = torch.linalg.eigh(vectors.T @ vectors).eigenvectors[:, -SKETCH:]  # (512, 128)
+    short = vectors @ basis
+    return short, (vectors.square().sum(dim=1) - short.square().sum(dim=1)).clamp(min=0).sqrt()
+
+
 def twin_pairs(
-    thumbnails: np.ndarray, threshold: float = TWIN_COSINE, block: int = 2048
+    thumbnails: np.ndarray, threshold: float = TWIN_COSINE, block: int = 1024
 ) -> np.ndarray:
     """Pairs of pictures that show the same thing, straight or mirrored left to right.
 
@@ -449,15 +506,18 @@ def twin_pairs(
 
         cos(t, t') = e.e' + o.o'     cos(t, mirror(t')) = e.e' - o.o'     larger = e.e' + |o.o'|
 
-    and the larger cosine of all pairs costs two matrix products, made block by block.
+    Two matrix products, made block by block, compare all pairs; and they need not be long ones.
+    With s the sketch of a vector and r the length it leaves over, v.v' <= s.s' + r r' (Cauchy and
+    Schwarz), so only the pairs that pass in the sketches are compared in full. None is missed.
 
     Args:
         thumbnails: (n, 32, 32) uint8.
         threshold: cosine of the mean-free thumbnails, in [0, 1]; lower joins more.
-        block: rows held at once; memory is about 3 x block^2 x 4 bytes.
+        block: rows compared at once.
 
     Returns:
-        (m, 2) int64 rows i < j, each pair once. A thumbnail of one colour is nobody's twin.
+        (m, 3) int64: rows i < j, each pair once, and 1 where only the mirror passes, else 0. A
+        thumbnail of one colour is nobody's twin.
 
     Raises:
         ValueError: the thumbnails are not (n, 32, 32).
@@ -465,21 +525,25 @@ def twin_pairs(
     if thumbnails.ndim != 3 or thumbnails.shape[1:] != (THUMBNAIL, THUMBNAIL):
         raise ValueError(f"thumbnails must be (n, 32, 32), got {thumbnails.shape}")
     t = torch.from_numpy(np.ascontiguousarray(thumbnails)).float()
-    t = t - t.mean(dim=(1, 2), keepdim=True)
-    t = t / t.norm(dim=(1, 2), keepdim=True).clamp(min=1e-6)  # (n, 32, 32), unit or zero
-    half = THUMBNAIL // 2
+    t -= t.mean(dim=(1, 2), keepdim=True)
+    t /= t.norm(dim=(1, 2), keepdim=True).clamp(min=1e-6)  # (n, 32, 32), unit or zero
     # (t + mirror) / 2 is even, (t - mirror) / 2 odd, so the left half of each tells all of it;
     # times sqrt(2), products of the halves are those of the whole.
-    even = ((t + t.flip(2))[:, :, :half] * math.sqrt(0.5)).flatten(1)  # (n, 512)
-    odd = ((t - t.flip(2))[:, :, :half] * math.sqrt(0.5)).flatten(1)  # (n, 512)
-    pairs = []
+    left, right = (x[:, :, : THUMBNAIL // 2] * math.sqrt(0.5) for x in (t, t.flip(2)))
+    even, odd = (left + right).flatten(1), (left - right).flatten(1)  # (n, 512) each
+    (short_even, rest_even), (short_odd, rest_odd) = sketch(even), sketch(odd)
+    short_even = torch.column_stack([short_even, rest_even, rest_odd])  # (n, 130): s.s' + r r'
+    pairs = [torch.zeros(0, 3, dtype=torch.int64)]
     for i in range(0, len(t), block):
         for j in range(i, len(t), block):
-            cosine = odd[i : i + block] @ odd[j : j + block].T
-            cosine = cosine.abs_().addmm_(even[i : i + block], even[j : j + block].T)
-            found = (cosine >= threshold).nonzero() + torch.tensor([i, j])
-            pairs.append(found[found[:, 0] < found[:, 1]])
-    return torch.cat(pairs).numpy() if pairs else np.zeros((0, 2), np.int64)
+            bound = (short_odd[i : i + block] @ short_odd[j : j + block].T).abs_()
+            bound = bound.addmm_(short_even[i : i + block], short_even[j : j + block].T)
+            passed = (bound > threshold - 1e-4).nonzero() + torch.tensor([i, j])
+            for some in passed[passed[:, 0] < passed[:, 1]].split(1 << 14):
+                e, o = ((x[some[:, 0]] * x[some[:, 1]]).sum(dim=1) for x in (even, odd))
+                found = torch.column_stack([some, e + o < threshold])  # (m, 3)
+                pairs.append(found[e + o.abs() >= threshold])
+    return torch.cat(pairs).numpy()
 
 
 def connected(n: int, pairs: np.ndarray) -> np.ndarray:
@@ -490,7 +554,7 @@ def connected(n: int, pairs: np.ndarray) -> np.ndarray:
     ends; when nothing changed, both ends of every pair point at the same root.
 
     Returns:
-        (n,) int64: the smallest member of each thing's component.
+        (n,) int64 component numbers 0, 1, ... in order of first appearance.
     """
     label = np.arange(n)
     while True:
@@ -500,7 +564,7 @@ def connected(n: int, pairs: np.ndarray) -> np.ndarray:
         np.minimum.at(hooked, b, a)
         hooked = hooked[hooked]
         if np.array_equal(hooked, label):
-            return label
+            return np.unique(label, return_inverse=True)[1]
         label = hooked
 
 
@@ -514,53 +578,48 @@ def near_duplicate_groups(thumbnails: np.ndarray, threshold: float = TWIN_COSINE
     Returns:
         (N,) int64 group numbers 0, 1, ... in order of first appearance.
     """
-    groups = connected(len(thumbnails), twin_pairs(thumbnails, threshold))
-    return np.unique(groups, return_inverse=True)[1]
+    return connected(len(thumbnails), twin_pairs(thumbnails, threshold))
 
 
-def copy_pairs(pictures: Pictures) -> np.ndarray:
-    """Each readable picture, and the first one with exactly the same pixels.
-
-    `twin_pairs` finds nearly all of these; pictures of a single colour have no direction that a
-    cosine could compare, and need this.
-
-    Returns:
-        (m, 2) int64 rows; a picture without a copy is paired with itself.
-    """
-    first: dict[bytes, int] = {}
-    pairs = [
-        (first.setdefault(key.tobytes(), row), row)
-        for row, key in enumerate(pictures.hashes)
-        if row not in pictures.unreadable
-    ]
-    return np.array(pairs, np.int64).reshape(-1, 2)
-
-
-def patient_pairs(paths: list[str], sources: list[Source]) -> np.ndarray:
+def patient_pairs(
+    paths: list[str], sources: list[Source], pattern: re.Pattern | None = None
+) -> np.ndarray:
     """Join the pictures that folder names or file names give to one patient.
 
     An id counts within its source folder: patient 7 of one hospital is not patient 7 of another.
     An OASIS number means the same person wherever it stands. Unlabelled pictures belong to the
     source they lie in or, in none, to the topmost folder above them.
 
+    Args:
+        paths: below the data folder, with forward slashes.
+        pattern: asked first, of the whole path; its first capture group is the patient.
+
     Returns:
         (m, 2) int64 rows: each picture whose patient is known, and the patient's first one.
+
+    Raises:
+        UserError: no path matches the pattern.
     """
     source_of = {row: (source, name) for source in sources for row, _, _, name in source.rows}
     first: dict[tuple[str, str], int] = {}
     pairs = []
+    if pattern and not any(match[1] for match in map(pattern.search, paths) if match):
+        raise UserError(
+            f"--group-pattern {pattern.pattern!r} finds a patient in none of the {len(paths)} "
+            f"paths, such as {paths[0]!r}; mend it, or leave it out"
+        )
     for row, path in enumerate(paths):
         folders, _ = plain_folders(path)
         inside = "/".join((*folders, ""))
         around = [s.folder for s in sources if inside.startswith(f"{s.folder}/".lstrip("/"))]
-        place = max(around, key=len, default=folders[0] if folders else "")
-        match = PATIENT.search(path)
+        place, name, known = max(around, key=len, default=folders[0] if folders else ""), "", ""
         if row in source_of:
             source, name = source_of[row]
             place, known = source.folder, KNOWN_TASKS.get(source.task, KnownTask(())).patient
-            match = match or (re.search(known, name) if known else None)
-        if match:
-            patient = match[1].lower()
+        asked = ((pattern, path), (PATIENT, path), (known, name))
+        found = [match for ask, text in asked if ask and (match := re.search(ask, text))]
+        patient = next((match[1].lower() for match in found if match[1]), None)
+        if patient:
             place = "" if patient.startswith("oas1_") else place
             pairs.append((first.setdefault((place, patient), row), row))
     return np.array(pairs, np.int64).reshape(-1, 2)
@@ -580,6 +639,7 @@ class Task:
     rows: np.ndarray  # (n,) int64, rows of Pictures
     labels: np.ndarray  # (n,) int64 in [0, K)
     groups: np.ndarray  # (n,) int64, group numbers of the whole data folder
+    parts: np.ndarray  # (n,) str: the publisher's train, val, test, or ''
     split: np.ndarray  # (n,) str: train, val, test or dropped
     notes: dict  # how the split was made, what was dropped and why
 
@@ -594,6 +654,22 @@ class Task:
         """
         chosen = self.split == name
         return self.rows[chosen], self.labels[chosen], self.groups[chosen]
+
+    def check(self) -> None:
+        """See that every class has pictures to train on and others to test with.
+
+        Raises:
+            UserError: one has not; its pictures are all one group, or the publisher left it so.
+        """
+        for label, class_ in enumerate(self.classes):
+            for part in ("train", "test"):
+                if not (self.labels[self.split == part] == label).any():
+                    n = len(np.unique(self.groups[self.labels == label]))
+                    raise UserError(
+                        f"class {class_!r} of task {self.name} has {n} group(s), and none for the "
+                        f"{part} part; add pictures of other patients, or take the class out: one "
+                        "patient's pictures are never split, that would test on what was trained on"
+                    )
 
 
 def allot(groups: int, test: float, val: float) -> tuple[int, int]:
@@ -660,52 +736,48 @@ def split_by_group(
 
 
 def make_task(
-    name: str, sources: list[Source], pictures: Pictures, groups: np.ndarray, pairs: np.ndarray
+    sources: list[Source], pictures: Pictures, groups: np.ndarray, twins: np.ndarray, resplit: bool
 ) -> Task:
     """Pool the sources of one task and split them (`split_by_group`).
 
     Args:
         sources: all of this task, with the same classes.
         groups: (n,) int64 over all pictures of the data folder.
-        pairs: (m, 2) int64 twins and copies; those of two labels contradict each other, and since
-            nobody can say which one is right, both are dropped.
+        twins: (m, 3) as `twin_pairs` gives them; those of two labels contradict each other, and
+            since nobody can say which one is right, both are dropped.
+        resplit: split the publisher's parts anew, as if he had made none.
     """
     classes = sources[0].classes
-    listed = [
-        (row, classes.index(label), part)
-        for source in sources
-        for row, label, part, _ in source.rows
-        if row not in pictures.unreadable
-    ]
-    rows = np.array([row for row, _, _ in listed], np.int64)
-    labels = np.array([label for _, label, _ in listed], np.int64)
-    parts = np.array([part for _, _, part in listed], "U7")
+    listed = [entry for source in sources for entry in source.rows]
+    listed = [entry for entry in listed if entry[0] not in pictures.unreadable]
+    rows = np.array([row for row, *_ in listed], np.int64)
+    labels = np.array([classes.index(label) for _, label, *_ in listed], np.int64)
+    parts = np.array([part for *_, part, _ in listed], "U7")
     label_of = np.full(len(pictures.paths), -1)  # (n,), -1 = not in this task
     label_of[rows] = labels
-    a, b = label_of[pairs[:, 0]], label_of[pairs[:, 1]]
-    clashing = pairs[(a >= 0) & (b >= 0) & (a != b)]
-    clash = np.isin(rows, clashing)
+    a, b = label_of[twins[:, 0]], label_of[twins[:, 1]]
+    clash = np.isin(rows, twins[(a >= 0) & (b >= 0) & (a != b), :2])
     keys = np.array([pictures.hashes[row].tobytes().hex().encode() for row in rows])
-    split = split_by_group(labels, groups[rows], parts, keys, clash)
-    sizes = np.bincount(groups[rows]) if len(rows) else np.zeros(1, int)
+    kept = np.full_like(parts, "") if resplit else parts
+    split = split_by_group(labels, groups[rows], kept, keys, clash)
+    largest = int(np.bincount(groups[rows]).max(initial=0))
     dropped = split == "dropped"
     notes = {
-        "rule": "publisher's parts kept, cut by group" if parts.any() else "70/15/15 by group",
+        "rule": "publisher's parts kept, cut by group" if kept.any() else "70/15/15 by group",
         "groups": len(np.unique(groups[rows])),
-        "largest_group": int(sizes.max()),
-        "largest_group_is_suspect": bool(sizes.max() > max(CHAIN_SHARE * len(rows), CHAIN_LEAST)),
+        "largest_group": largest,
+        "largest_group_is_suspect": largest > max(CHAIN_SHARE * len(rows), CHAIN_LEAST),
         "dropped_for_a_twin_with_another_label": int(clash.sum()),
         "dropped_for_a_group_in_test_or_val": int((dropped & ~clash).sum()),
         "dropped_paths": [pictures.paths[row] for row in rows[dropped]],
     }
-    return Task(name, classes, rows, labels, groups[rows], split, notes)
+    return Task(sources[0].task, classes, rows, labels, groups[rows], parts, split, notes)
 
 
 # ---------------------------------------------------------------------------------------------
 # Phantoms: head slices drawn by code, so that everything runs, and is tested, without any data
 # ---------------------------------------------------------------------------------------------
 
-PHANTOM_VERSION = 1  # raise it when the drawing changes: it names the cache
 PHANTOM_SIZE = 128
 PHANTOM_PATIENTS, PHANTOM_SLICES = 64, 3  # per class, per patient
 
@@ -717,6 +789,15 @@ PHANTOM_TISSUES = {
     "alzheimer": (0.75, 0.08, 0.14, 0.45, 0.66),
     "parkinson": (0.60, 0.08, 0.20, 0.50, 0.38),
     "ms": (0.60, 0.10, 0.12, 0.50, 0.40),
+}
+# A disease's lesions: how many, how far from the middle, their radius (both in half lengths of the
+# head), and how much brighter than white matter they are.
+PHANTOM_LESIONS = {
+    "glioma": ((1, 2), (0.38, 0.52), (0.13, 0.21), 0.30),
+    "meningioma": ((1, 2), (0.74, 0.78), (0.11, 0.19), 0.28),  # on the inside of the skull
+    "pituitary": ((1, 2), (0.00, 0.12), (0.07, 0.13), 0.24),
+    "stroke": ((1, 2), (0.45, 0.60), (0.20, 0.32), -0.20),
+    "lesion": ((3, 8), (0.16, 0.42), (0.025, 0.06), 0.35),  # multiple sclerosis
 }
 
 
@@ -735,53 +816,45 @@ class Head:
     """A slice being drawn: whose it is, where each pixel lies in the head, the gray values so far.
 
     u runs to the viewer's right, v down, r from 0 in the middle to 1 on the scalp; each is
-    (128, 128) float32 in units of the head's half length. `person` draws what belongs to the
-    patient and is the same in all his slices, `moment` what belongs to the slice.
+    (128, 128) in units of the head's half length. `person` draws what belongs to the patient and is
+    the same in all his slices, `moment` what belongs to the slice.
     """
 
     def __init__(self, path: str) -> None:
-        self.task, self.class_, patient, slice_ = path.split("/")
+        self.task, self.class_, _, slice_ = path.split("/")
         self.stage = KNOWN_TASKS[self.task].classes.index(self.class_)  # 0 = the first class
-        whose = f"{self.task}/{self.class_}/{patient}"
-        self.person = person = np.random.default_rng(zlib.crc32(whose.encode()))
+        self.person = person = np.random.default_rng(zlib.crc32(os.path.dirname(path).encode()))
         self.moment = moment = np.random.default_rng(zlib.crc32(path.encode()))
         height = (int(slice_) + 0.5) / PHANTOM_SLICES * 2 - 1
-        self.level = level = height + moment.normal(0, 0.08)  # -1 low in the head, 1 high
-        self.tissues = (np.array(PHANTOM_TISSUES[self.task]) * person.normal(1, 0.08, 5)).tolist()
-        axis = (np.arange(PHANTOM_SIZE, dtype=np.float32) + 0.5) / PHANTOM_SIZE * 2 - 1
-        self.x, self.y = np.meshgrid(axis, axis)
+        self.level = height + moment.normal(0, 0.08)  # -1 low in the head, 1 high
+        self.tissues = person.normal(1, 0.08, 5) * PHANTOM_TISSUES[self.task]
         tilt = person.normal(0, 0.10) + moment.normal(0, 0.02)  # radians
-        dx, dy = person.normal(0, 0.04, 2) + moment.normal(0, 0.01, 2)
-        scale = person.uniform(0.72, 0.94) * (1 - 0.05 * level**2)
-        self.u = (math.cos(tilt) * (self.x - dx) + math.sin(tilt) * (self.y - dy)) / scale
-        self.v = (math.cos(tilt) * (self.y - dy) - math.sin(tilt) * (self.x - dx)) / scale
+        shift = person.normal(0, 0.04, 2) + moment.normal(0, 0.01, 2)
+        scale = person.uniform(0.72, 0.94) * (1 - 0.05 * self.level**2)
+        self.y, self.x = np.mgrid[-1 : 1 : PHANTOM_SIZE * 1j, -1 : 1 : PHANTOM_SIZE * 1j]
+        place = (self.x - shift[0] + 1j * (self.y - shift[1])) * np.exp(-1j * tilt) / scale
+        self.u, self.v = place.real, place.imag
         self.a, self.b = person.uniform(0.74, 0.88), person.uniform(0.92, 1.04)  # half axes
         self.angle = np.arctan2(self.v / self.b, self.u / self.a)
-        bumps = sum(
-            person.normal(0, 0.015) * np.cos(k * self.angle + person.uniform(0, 6.3))
-            for k in (2, 3, 4)
-        )
-        self.r = np.hypot(self.u / self.a, self.v / self.b) * (1 + bumps)
-        self.gray = np.zeros_like(self.r)
-        self.lesion = np.zeros(self.r.shape, bool)
+        swing, start = person.normal(0, 0.015, 3), person.uniform(0, 2 * np.pi, 3)
+        bumps = swing @ np.cos(np.arange(2, 5)[:, None] * self.angle.ravel() + start[:, None])
+        self.r = np.hypot(self.u / self.a, self.v / self.b) * (1 + bumps.reshape(self.u.shape))
+        self.gray, self.lesion = np.zeros_like(self.r), np.zeros(self.r.shape, bool)
         expected = self.stage / 3 if self.task == "alzheimer" else 0
         self.atrophy = max(0.0, expected + person.normal(0, 0.12))  # 0 healthy, 1 severe
 
     def ellipse(self, cu: float, cv: float, ru: float, rv: float, turn: float = 0) -> np.ndarray:
         """Signed depth inside an ellipse: positive inside, 0 on the rim, in units of r."""
-        du, dv = self.u - cu, self.v - cv
-        p, q = math.cos(turn) * du + math.sin(turn) * dv, math.cos(turn) * dv - math.sin(turn) * du
-        return (1 - np.hypot(p / ru, q / rv)) * min(ru, rv)
+        place = ((self.u - cu) + 1j * (self.v - cv)) * np.exp(-1j * turn)
+        return (1 - np.hypot(place.real / ru, place.imag / rv)) * min(ru, rv)
 
-    def paint(self, depth: np.ndarray, value: float, soft: float = 0.012) -> np.ndarray:
-        """Lay `value` where `depth` > 0, with a rim `soft` wide; (128, 128) bool, True = there."""
+    def paint(
+        self, depth: np.ndarray, value: float, soft: float = 0.012, ill: bool = False
+    ) -> None:
+        """Lay `value` where `depth` > 0, with a rim `soft` wide; count it as diseased or not."""
         share = np.clip(0.5 + depth / (4 * soft), 0, 1)
         self.gray += share * (value - self.gray)
-        return share > 0.5
-
-    def paint_lesion(self, depth: np.ndarray, value: float, soft: float = 0.012) -> None:
-        """Paint, and count what was painted as diseased."""
-        self.lesion |= self.paint(depth, value, soft)
+        self.lesion |= ill & (share > 0.5)
 
 
 def draw_phantom(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -797,15 +870,14 @@ def draw_phantom(path: str) -> tuple[np.ndarray, np.ndarray]:
     head = Head(path)
     draw_brain(head)
     draw_deep_structures(head)
-    draw_lesion(head)
+    draw_lesions(head)
     # The scanner: gain that drifts across the head, contrast, and Rician noise, as MRI has it.
     person, moment = head.person, head.moment
-    drift = person.normal(0, 0.12, 3).astype(np.float32)
+    drift = person.normal(0, 0.12, 3)
     gain = 1 + drift[0] * head.x + drift[1] * head.y + drift[2] * head.x * head.y
     gray = np.clip(head.gray * gain, 0, 1.2) ** person.uniform(0.8, 1.25)
-    gray = gray * person.uniform(0.8, 1.05)
     noise = moment.normal(0, person.uniform(0.015, 0.05), (2, *gray.shape))
-    gray = np.hypot(gray + noise[0], noise[1])
+    gray = np.hypot(gray * person.uniform(0.8, 1.05) + noise[0], noise[1])
     return (np.clip(gray, 0, 1) * 255).astype(np.uint8), head.lesion
 
 
@@ -816,14 +888,12 @@ def draw_brain(head: Head) -> None:
     """
     fat, bone, fluid, gray_matter, white_matter = head.tissues
     person, atrophy = head.person, head.atrophy
-    r, angle, rim = head.r, head.angle, 0.86 - 0.03 * atrophy
+    r, angle, rim, cortex = head.r, head.angle, 0.86 - 0.03 * atrophy, 0.13 - 0.04 * atrophy
     for edge, value in ((1.0, fat), (0.95, bone), (0.89, fluid), (rim, gray_matter)):
         head.paint(edge - r, value)
-    phase = person.uniform(0, 2 * np.pi, 4)
-    bent = angle + 0.12 * np.sin(14 * r + phase[0]) + 0.05 * np.sin(23 * r + 5 * angle)
-    folds = np.sin(person.integers(17, 24) * bent + phase[1] + 3 * np.sin(3 * angle + phase[2]))
-    folds = folds * (0.85 + 0.25 * np.sin(5 * angle + phase[3]))
-    cortex = 0.13 - 0.04 * atrophy
+    phase = person.uniform(0, 2 * np.pi, 3)
+    bent = person.integers(17, 24) * (angle + 0.12 * np.sin(14 * r + 4 * angle + phase[0]))
+    folds = np.sin(bent + phase[1] + 3 * np.sin(3 * angle + phase[2]))
     head.paint(rim - cortex * (1 - 0.35 * folds) - r, white_matter, 0.02)
     furrow = np.minimum(-folds - 0.75 + 0.25 * atrophy, (r - rim + 1.2 * cortex) * 6)
     head.paint(np.minimum(furrow, (rim + 0.01 - r) * 6), fluid, 0.08)
@@ -834,68 +904,47 @@ def draw_brain(head: Head) -> None:
 def draw_deep_structures(head: Head) -> None:
     """Deep nuclei and ventricles; for Alzheimer's the hippocampi, for Parkinson's the midbrain."""
     _, _, fluid, gray_matter, white_matter = head.tissues
-    person, atrophy, task = head.person, head.atrophy, head.task
-    size = person.uniform(0.75, 1.25) * (1 + 0.55 * atrophy) * (1 - 0.25 * head.level)
-    healthy = gray_matter + person.uniform(0.15, 0.25)  # the nigra, bright until its cells die
-    faded = white_matter + 0.2 * (healthy - white_matter)
-    ill = head.stage > 0 and task in ("alzheimer", "parkinson")
-    for side in (-1, 1):
-        head.paint(head.ellipse(side * 0.24, 0.02, 0.10, 0.17, -side * 0.2), gray_matter, 0.02)
-        if task == "parkinson":  # this low in the head the midbrain stands where the ventricles end
-            head.paint(head.ellipse(side * 0.12, 0.02, 0.13, 0.17, side * 0.5), white_matter)
-            nigra = head.ellipse(side * 0.13, 0.03, 0.035, 0.11, side * 0.7)
-            head.lesion |= head.paint(nigra, faded if ill else healthy) & ill
-        else:
-            for cv, rv, turn in ((-0.16, 0.17, -0.25), (0.20, 0.16, 0.45)):  # front and back horn
-                horn = head.ellipse(side * 0.10, cv, 0.05 * size, rv * math.sqrt(size), side * turn)
-                head.lesion |= head.paint(horn, fluid) & ill
-        if task == "alzheimer":
-            head.paint(head.ellipse(side * 0.42, 0.30, 0.10, 0.13, side * 0.4), fluid)
-            left = 0.085 * (1 - 0.5 * atrophy)  # of the hippocampus; fluid takes its place
-            hippocampus = head.ellipse(side * 0.42, 0.32, left, 1.3 * left, side * 0.4)
-            head.lesion |= head.paint(hippocampus, gray_matter) & ill
-    head.paint(head.ellipse(0, 0.05, 0.018 + 0.012 * atrophy, 0.10), fluid, 0.008)
+    size = head.person.uniform(0.75, 1.25) * (1 + 0.55 * head.atrophy) * (1 - 0.25 * head.level)
+    long, glow = math.sqrt(size), head.person.uniform(0.15, 0.25)
+    ill = head.stage > 0 and head.task in ("alzheimer", "parkinson")
+    shapes = [(0.24, 0.02, 0.10, 0.17, -0.2, gray_matter, False)]
+    if head.task == "parkinson":  # this low in the head the midbrain stands where ventricles end
+        nigra = white_matter + 0.2 * glow if ill else gray_matter + glow  # dark once its cells die
+        shapes.append((0.12, 0.02, 0.13, 0.17, 0.5, white_matter, False))
+        shapes.append((0.13, 0.03, 0.035, 0.11, 0.7, nigra, ill))
+    else:  # the ventricles' front and back horns
+        shapes.append((0.10, -0.16, 0.05 * size, 0.17 * long, -0.25, fluid, ill))
+        shapes.append((0.10, 0.20, 0.05 * size, 0.16 * long, 0.45, fluid, ill))
+    if head.task == "alzheimer":  # the hippocampus shrinks, and fluid takes its place
+        left = 0.085 * (1 - 0.5 * head.atrophy)
+        shapes.append((0.42, 0.30, 0.10, 0.13, 0.4, fluid, False))
+        shapes.append((0.42, 0.32, left, 1.3 * left, 0.4, gray_matter, ill))
+    for cu, cv, ru, rv, turn, value, diseased in shapes:
+        for side in (-1, 1):
+            head.paint(head.ellipse(side * cu, cv, ru, rv, side * turn), value, ill=diseased)
 
 
-def draw_lesion(head: Head) -> None:
-    """What a disease adds: a tumour, an infarct, lesions of multiple sclerosis; else nothing."""
-    _, _, fluid, gray_matter, white_matter = head.tissues
-    person, class_ = head.person, head.class_
+def draw_lesions(head: Head) -> None:
+    """What a disease adds: a tumour, an infarct, plaques of multiple sclerosis; else nothing."""
+    if head.class_ not in PHANTOM_LESIONS:
+        return
+    count, distances, radii, bright = PHANTOM_LESIONS[head.class_]
+    _, _, fluid, _, white_matter = head.tissues
+    person, inside = head.person, 0.885 - head.r
     near = math.sqrt(max(0.3, 1 - (0.5 * head.level) ** 2))  # widest in the lesion's middle slice
-    inside, side, strength = 0.86 - head.r, person.choice([-1, 1]), person.uniform(0.6, 1.0)
-    ragged = 0.03 * np.sin(9 * head.u + person.uniform(0, 6.3)) * np.sin(11 * head.v)
-    if class_ == "glioma":  # in the white matter: ragged, swollen round it, bright rim, dead core
-        where, far = person.uniform(-1.2, 1.2), person.uniform(0.38, 0.52)
-        cu, cv = side * far * math.cos(where) * head.a, far * math.sin(where) * head.b
-        radius = person.uniform(0.13, 0.21) * near
-        mass = head.ellipse(cu, cv, radius, radius * person.uniform(0.75, 1.2)) + ragged
-        head.paint_lesion(np.minimum(mass + 0.5 * radius, inside), 0.75 * white_matter, 0.05)
-        head.paint(np.minimum(mass, inside), white_matter + 0.30 * strength, 0.02)
-        head.paint(np.minimum(mass - 0.4 * radius, inside), fluid * 1.4, 0.03)
-    elif class_ == "meningioma":  # on the inside of the skull: round, even, bright
-        where, radius = person.uniform(-1.4, 1.4), person.uniform(0.11, 0.19) * near
-        cu, cv = side * 0.76 * math.cos(where) * head.a, 0.76 * math.sin(where) * head.b
-        mass = np.minimum(head.ellipse(cu, cv, radius, radius), 0.885 - head.r)
-        head.paint_lesion(mass, white_matter + 0.28 * strength)
-    elif class_ == "pituitary":  # in the middle: small, round
-        cu, cv = person.normal(0, 0.015), person.uniform(-0.16, -0.02)
-        radius = person.uniform(0.07, 0.13) * near
-        mass = head.ellipse(cu, cv, radius * 1.1, radius)
-        head.paint_lesion(mass, white_matter + 0.24 * strength)
-    elif class_ == "stroke":  # the wedge that one artery feeds: anterior, middle, posterior
-        territories = ((-1.25, 0.35), (-0.1, 0.65), (1.1, 0.40))  # middle and half width, radians
-        middle, width = territories[person.choice(3, p=(0.2, 0.6, 0.2))]
-        turned = np.arctan2(head.v / head.b, side * head.u / head.a)
-        wedge = np.minimum(width - np.abs(turned - middle), 2 * np.minimum(head.r - 0.30, inside))
-        dark = fluid + (gray_matter - fluid) * (1 - 0.6 * strength)
-        head.paint_lesion(wedge + 1.3 * ragged, dark, 0.05)
-    elif class_ == "lesion":  # multiple sclerosis: several small ones along the ventricles
-        for _ in range(person.integers(3, 8)):
-            cu = person.choice([-1, 1]) * person.uniform(0.16, 0.27)
-            cv, radius = person.uniform(-0.32, 0.38), person.uniform(0.025, 0.06) * near
-            turn, longer = person.uniform(-1, 1), person.uniform(1, 1.8)
-            spot = head.ellipse(cu, cv, radius, radius * longer, turn)
-            head.paint_lesion(spot, white_matter + 0.35 * strength)
+    value, soft = white_matter + bright * person.uniform(0.6, 1.0), 0.05 if bright < 0 else 0.015
+    for _ in range(person.integers(*count)):
+        where, far = person.uniform(-1.3, 1.3), person.uniform(*distances)
+        cu, cv = person.choice([-1, 1]) * far * math.cos(where) * head.a, far * math.sin(where)
+        radius, turn = person.uniform(*radii) * near, person.uniform(-1, 1)
+        mass = head.ellipse(cu, cv * head.b, radius, radius * person.uniform(1, 1.4), turn)
+        if head.class_ == "glioma":  # ragged, and the brain around it is swollen
+            mass += 0.03 * np.sin(9 * head.u + person.uniform(0, 6.3)) * np.sin(11 * head.v)
+            swollen = np.minimum(mass + 0.5 * radius, inside)
+            head.paint(swollen, 0.75 * white_matter, 0.05, ill=True)
+        head.paint(np.minimum(mass, inside), value, soft, ill=True)
+        if head.class_ == "glioma":  # its core is dead
+            head.paint(mass - 0.4 * radius, fluid * 1.4, 0.03)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -908,6 +957,7 @@ class Collection:
     """A data folder, read: its pictures, which of them belong together, and its tasks."""
 
     pictures: Pictures
+    twins: np.ndarray  # (m, 3) int64, as `twin_pairs` gives them, exact copies included
     groups: np.ndarray  # (n,) int64
     tasks: dict[str, Task]
     other_files: int
@@ -927,10 +977,10 @@ class Collection:
         return np.flatnonzero(~out)
 
     def task(self, name: str) -> Task:
-        """The task called `name`, checked to have two classes that can each be split.
+        """The task called `name`.
 
         Raises:
-            UserError: no such task, or a class whose pictures are all one group.
+            UserError: there is none.
         """
         if name not in self.tasks:
             found = ", ".join(sorted(self.tasks)) or "none"
@@ -938,41 +988,44 @@ class Collection:
                 f"no task {name!r} here; found: {found}; known: {', '.join(KNOWN_TASKS)}; a task "
                 "is a folder that holds two or more class folders, each with pictures"
             )
-        task = self.tasks[name]
-        for label, class_ in enumerate(task.classes):
-            for part in ("train", "test"):
-                if not (task.labels[task.split == part] == label).any():
-                    n = len(np.unique(task.groups[task.labels == label]))
-                    why = "the publisher's own parts leave it none there"
-                    if n < 2:
-                        why = "splitting one patient's pictures would test on what was trained on"
-                    raise UserError(
-                        f"class {class_!r} of task {name} has {n} group(s), and none for the "
-                        f"{part} part: {why}; add pictures of other patients, or take the class out"
-                    )
-        return task
+        return self.tasks[name]
 
-    def split_table(self, task: Task) -> list[tuple[str, str, int, str, str]]:
-        """The rows of splits.csv: path, label, group, split, pixel_hash (hexadecimal)."""
+    def split_table(self, task: Task) -> list[tuple]:
+        """splits.csv, header first: path, label, group, split, pixel_hash (hexadecimal)."""
         paths, hashes = self.pictures.paths, self.pictures.hashes
         columns = zip(task.rows, task.labels, task.groups, task.split, strict=True)
-        return [
-            (paths[r], task.classes[k], int(g), str(part), hashes[r].tobytes().hex())
+        rows = [
+            (paths[r], task.classes[k], g, part, hashes[r].tobytes().hex())
             for r, k, g, part in columns
         ]
+        return [("path", "label", "group", "split", "pixel_hash"), *rows]
 
-    def seen_in_test(self, task: Task, seen: np.ndarray) -> list[str]:
-        """The test pictures that somebody has trained on, found by their pixels.
+    def was_seen(self, seen: np.ndarray) -> np.ndarray:
+        """Which pictures somebody has trained on, found by their pixels.
 
         Args:
-            seen: (n, 16) uint8 hashes, as encoder.pt remembers them.
+            seen: (m, 16) uint8 hashes, as encoder.pt and classifier.pt remember them.
 
         Returns:
-            The paths; they must be none for a score to count.
+            (n,) bool over all pictures of the folder, True = seen.
         """
-        known = {row.tobytes() for row in seen}
-        rows, _, _ = task.part("test")
-        return [self.pictures.paths[r] for r in rows if self.pictures.hashes[r].tobytes() in known]
+        return np.isin(self.pictures.names(), seen.view("S16")[:, 0])
+
+    def as_test(self, task: Task, seen: np.ndarray) -> Task:
+        """The task as one test part for a classifier from elsewhere.
+
+        Args:
+            seen: (m, 16) uint8, what the classifier was trained on. These pictures are dropped with
+                their groups; so is what the task drops anyway.
+        """
+        known = np.isin(task.groups, self.groups[self.was_seen(seen)])
+        split = np.where(known | (task.split == "dropped"), "dropped", "test")
+        notes = {
+            "rule": "everything the classifier has not seen",
+            "dropped_for_a_group_it_has_seen": int(known.sum()),
+            "dropped_paths": [self.pictures.paths[r] for r in task.rows[split == "dropped"]],
+        }
+        return replace(task, split=split, notes=notes)
 
     def fingerprint(self) -> str:
         """A digest of every path and every pixel: two runs with equal ones saw the same data."""
@@ -987,7 +1040,16 @@ Listing = tuple[str, list[str], list[str], Callable[[str], np.ndarray], int]
 def list_phantoms() -> Listing:
     """The phantoms as `decode` takes them: name, paths, stamps, reader; and no other files."""
     paths = phantom_paths()
-    return f"phantoms-{PHANTOM_VERSION}", paths, [""] * len(paths), lambda p: draw_phantom(p)[0], 0
+    return "phantoms", paths, [""] * len(paths), lambda p: draw_phantom(p)[0], 0
+
+
+def stamp(path: Path) -> str:
+    """A text that changes when the file does; '' where there is nothing to ask."""
+    try:
+        found = path.stat()
+    except OSError:  # a link to nowhere, a folder that may not be opened
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def list_folder(root: Path) -> Listing:
@@ -1004,8 +1066,7 @@ def list_folder(root: Path) -> Listing:
             f"no pictures below {root} ({others} other files); expected "
             f"{root}/<task>/<class>/*.png, or loose pictures for pretraining alone"
         )
-    stats = [os.stat(root / path) for path in paths]
-    stamps = [f"{s.st_size} {s.st_mtime_ns}" for s in stats]
+    stamps = [stamp(root / path) for path in paths]
     return str(root.resolve()), paths, stamps, lambda path: read_gray(root / path), others
 
 
@@ -1014,6 +1075,8 @@ def load(
     image_size: int,
     cache: Path,
     progress: Callable[..., Iterable] = lambda items, **_: items,
+    pattern: re.Pattern | None = None,
+    resplit: bool = False,
 ) -> Collection:
     """Read a data folder, or the phantoms, into one Collection. Every command starts here.
 
@@ -1022,28 +1085,23 @@ def load(
         image_size: S > 0, pixels a side of the cached squares.
         cache: folder of the decoded pictures; must not lie inside `root`.
         progress: as in `decode`.
+        pattern: as in `patient_pairs`.
+        resplit: as in `make_task`.
 
     Raises:
-        UserError: no such folder, no pictures in it, or too many that cannot be read.
+        UserError: no such folder, no pictures in it, or a pattern that matches none.
     """
     name, paths, stamps, read, others = list_folder(root) if root else list_phantoms()
     pictures = decode(name, paths, stamps, read, image_size, cache, progress)
-    bad = pictures.unreadable
-    if len(bad) > MAX_UNREADABLE[0] and len(bad) > MAX_UNREADABLE[1] * len(paths):
-        row = min(bad)
-        raise UserError(
-            f"{len(bad)} of {len(paths)} pictures below {root} cannot be read, the first is "
-            f"{paths[row]!r} ({bad[row]}); replace or remove them"
-        )
     sources = find_sources(paths, Path(name).name)
-    alike = np.concatenate([twin_pairs(pictures.thumbnails), copy_pairs(pictures)])
-    joined = np.concatenate([alike, patient_pairs(paths, sources)])
-    groups = np.unique(connected(len(paths), joined), return_inverse=True)[1]
+    twins = np.concatenate([twin_pairs(pictures.thumbnails), pictures.copies()])
+    joined = np.concatenate([twins[:, :2], patient_pairs(paths, sources, pattern)])
+    groups = connected(len(paths), joined)
     tasks = {
-        task: make_task(task, [s for s in sources if s.task == task], pictures, groups, alike)
-        for task in sorted({s.task for s in sources})
+        name: make_task([s for s in sources if s.task == name], pictures, groups, twins, resplit)
+        for name in sorted({s.task for s in sources})
     }
-    return Collection(pictures, groups, tasks, others)
+    return Collection(pictures, twins, groups, tasks, others)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -14,12 +14,16 @@ independent answers, and an interval that believes so is far too narrow.
                                                              (Guo et al., arXiv 1706.04599, Eq. 3)
     NLL = mean of -log(probability of the true class), in nats
 
+Here, too, stands the leak meter: what recognising people alone would score, if pictures of one
+person were on both sides of the split.
+
 Shape letters: N pictures here (slices) · K classes · B resamples · G groups.
 
 Next: heads.py
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -27,6 +31,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 RESAMPLES = 2000  # the ends of a 95 % interval then move by 1 to 3 % of its width between seeds
 ECE_BINS = 15
+PARTS = ("train", "val", "test", "dropped")
+LEAK_SPLITS = 5
+LEAK_QUERIES = 10_000  # pictures asked for their nearest neighbour; more would only take longer
 
 # ---------------------------------------------------------------------------------------------
 # Metrics, as functions of weights
@@ -249,6 +256,181 @@ def group_bootstrap(
     return intervals
 
 
+@dataclass(frozen=True)
+class TestPart:
+    """What a classifier is tested on: parallel arrays over N pictures of K classes."""
+
+    task: str
+    classes: Sequence[str]
+    paths: Sequence[str]
+    labels: np.ndarray  # (N,) int64 in [0, K)
+    groups: np.ndarray  # (N,) int
+
+    def measure(self, probs: np.ndarray) -> dict:
+        """All that is reported of probabilities (N, K): the metrics, n_groups and ci95."""
+        metrics = classification_metrics(self.labels, probs, self.classes)
+        intervals = group_bootstrap(self.labels, probs, self.groups)
+        return {"n_groups": len(np.unique(self.groups)), **metrics, "ci95": intervals}
+
+    def shares(self) -> np.ndarray:
+        """(N, K) what knows the classes' shares and nothing of the pictures would answer."""
+        shares = np.bincount(self.labels, minlength=len(self.classes)) / len(self.labels)
+        return np.tile(shares, (len(self.labels), 1))
+
+
+# ---------------------------------------------------------------------------------------------
+# The leak meter
+# ---------------------------------------------------------------------------------------------
+
+
+def leak_meter(
+    thumbnails: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int = 0
+) -> dict[str, list[float]]:
+    """What a classifier that has learnt nothing scores by recognising whom it has seen.
+
+    It answers with the label of the nearest neighbour, by cosine on 32x32 pixels. A picture of the
+    same head is nearer than any other with the same disease; so where training holds one, it
+    answers rightly without knowing what the disease looks like. The pictures are dealt to five
+    parts, each tested once against the other four; first picture by picture, then group by group.
+
+    Args:
+        thumbnails: (N, 32, 32) uint8.
+        labels, groups: (N,) int.
+
+    Returns:
+        "by picture", "by group": the accuracies of the five parts (none by group where all is one
+        group); "recognised": [share of the pictures whose group is in training, too, when they are
+        tested by picture]; "commonest": [share of the commonest class, what always answering it
+        scores].
+    """
+    rng = np.random.default_rng(seed)
+    N, x = len(labels), thumbnails.reshape(len(labels), -1).astype(np.float32)
+    x -= x.mean(axis=1, keepdims=True)
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)  # (N, 1024), unit rows or zero
+    _, first, member = np.unique(groups, return_index=True, return_inverse=True)
+    dealt = rng.permutation(len(first))
+    dealt = dealt[np.argsort(labels[first[dealt]], kind="stable")]  # groups, class after class
+    part_of = np.argsort(dealt) % LEAK_SPLITS  # (groups,), the place in the dealing, in turn
+    parts = {"by picture": rng.permutation(N) % LEAK_SPLITS, "by group": part_of[member]}
+    asked = rng.permutation(N)[:LEAK_QUERIES]
+    right = {name: np.zeros(N, bool) for name in parts}
+    for some in np.array_split(asked, -(-len(asked) * N // 20_000_000)):  # 80 MB at once
+        cosine = x[some] @ x.T  # (m, N)
+        for name, part in parts.items():
+            others = np.where(part[some, None] == part, -np.inf, cosine)  # its own part is tested
+            right[name][some] = labels[others.argmax(axis=1)] == labels[some]
+    meter = {
+        name: [float(right[name][asked][part[asked] == k].mean()) for k in np.unique(part[asked])]
+        for name, part in parts.items()
+    }
+    there = np.zeros((len(first), LEAK_SPLITS), int)  # pictures of a group in a part
+    np.add.at(there, (member, parts["by picture"]), 1)
+    elsewhere = there.sum(axis=1)[member] - there[member, parts["by picture"]]  # (N,)
+    meter["recognised"] = [float((elsewhere > 0).mean())]
+    meter["commonest"] = [float(np.bincount(labels).max() / N)]
+    return meter | ({"by group": []} if len(first) < 2 else {})
+
+
+def survey(
+    classes: Sequence[str],
+    label: np.ndarray,
+    group: np.ndarray,
+    part: np.ndarray,
+    split: np.ndarray,
+    hash_: np.ndarray,
+    row: np.ndarray,
+    twins: np.ndarray,
+    meter: dict[str, list[float]],
+) -> str:
+    """A task as a table, and in the sentences a person needs: what leaks, and what that is worth.
+
+    Args:
+        classes: K names.
+        label, group: (N,) int, of the task's pictures.
+        part, split: (N,) str, where the publisher put a picture ('' = nowhere), and where we do.
+        hash_: (N,) equal where the pixels are.
+        row: (N,) int64, the pictures' rows in the whole folder.
+        twins: (m, 3) int64, rows of two twins, and 1 where only their mirror is one.
+        meter: as `leak_meter` returns it.
+    """
+    N, copy = len(label), np.ones(len(label), bool)  # (N,) bool, True = its pixels came before
+    copy[np.unique(hash_, return_index=True)[1]] = False
+    place = np.full(max(twins[:, :2].max(initial=0), row.max()) + 1, -1)
+    place[row] = np.arange(N)
+    twins = np.column_stack([place[twins[:, :2]], twins[:, 2]])  # -1 = of another task
+    twins = twins[twins.min(axis=1) >= 0]
+    has_twin = np.isin(np.arange(N), twins[:, :2])
+    header = ("class", "pictures", "groups", "duplicates", "with a twin", *PARTS)
+    lines = ["".join(f"{name:>12}" for name in header)]
+    for k, name in (*enumerate(classes), (None, "all")):
+        of = np.ones(N, bool) if k is None else label == k
+        counts = [of.sum(), len(np.unique(group[of])), copy[of].sum(), has_twin[of].sum()]
+        counts += [(split[of] == name).sum() for name in PARTS]
+        lines.append(f"{name[:12]:>12}" + "".join(f"{count:12,}" for count in counts))
+    lines += publishers_leak(group, part, split, hash_, twins)
+    means = {name: f"{np.mean(v):.3f}" if v else "n/a" for name, v in meter.items()}
+    lines += [
+        f"Split by picture, {meter['recognised'][0]:.1%} of the tested pictures would have one of "
+        "their own group in training.",
+        f"Leak meter, the nearest neighbour on 32x32 pixels, mean of {LEAK_SPLITS} splits: "
+        f"{means['by picture']} by picture, {means['by group']} by group; always answering the "
+        f"commonest class: {means['commonest']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def publishers_leak(
+    group: np.ndarray, part: np.ndarray, split: np.ndarray, hash_: np.ndarray, twins: np.ndarray
+) -> list[str]:
+    """The sentence about twins between a publisher's Training and Testing; [] where he made none.
+
+    Args:
+        group, part, split, hash_: (N,), as in `survey`.
+        twins: (m, 3), as in `survey`, but numbers of rows here.
+    """
+    ends = part[twins[:, :2]]  # (m, 2)
+    across = twins[(ends == "test").any(axis=1) & (ends == "train").any(axis=1)]
+    if not (part == "test").any():
+        return []
+    swapped = part[across[:, 0]] == "train"
+    tested = np.where(swapped, across[:, 1], across[:, 0])
+    trained = np.where(swapped, across[:, 0], across[:, 1])
+    same = np.unique(tested[hash_[tested] == hash_[trained]])
+    found, straight = np.unique(tested), np.unique(tested[across[:, 2] == 0])
+    sharing = (part == "train") & np.isin(group, group[part == "test"])  # (N,) bool
+    left_out = (sharing & (split == "dropped")).sum()
+    return [
+        f"As published, {len(found):,} of the {(part == 'test').sum():,} Testing pictures have a "
+        f"twin in Training: {len(same):,} pixel for pixel, {len(found) - len(straight):,} mirrored."
+        f" {sharing.sum():,} Training pictures share a group with one of Testing; {left_out:,} of "
+        "them are left out."
+    ]
+
+
+def leak_picture(meter: dict[str, list[float]], title: str) -> Image.Image:
+    """Draw the leak meter: a bar for each way to split, with the range of its five splits.
+
+    Args:
+        meter: as `leak_meter` returns it.
+    """
+    bars = (("split by picture", "by picture", LINES[1]), ("split by group", "by group", LINES[0]))
+    bars += (("always the commonest class", "commonest", MUTED),)
+    left, wide = 180, 200
+    image, draw = page(left + wide + 70, 46 + 34 * len(bars) + 10, title, "")
+    for i, (label, key, color) in enumerate(bars):
+        y, values = 52 + 34 * i, meter[key]
+        write(draw, (left - 10, y + 10), label, 12, INK, "rm")
+        if not values:
+            write(draw, (left, y + 10), "n/a", 12, MUTED, "lm")
+            continue
+        mean = sum(values) / len(values)
+        ends = [(left + wide * v) * SCALE for v in (0, mean, min(values), max(values))]
+        draw.rectangle((ends[0], y * SCALE, ends[1], (y + 20) * SCALE), fill=color)
+        draw.line((ends[2], (y + 10) * SCALE, ends[3], (y + 10) * SCALE), INK, SCALE)
+        write(draw, (left + wide * max(values) + 6, y + 10), f"{mean:.3f}", 12, INK, "lm")
+    return image
+
+
 def classification_report(metrics: dict) -> str:
     """The table of `classification_metrics`, set as scikit-learn sets its own."""
     per_class = metrics["per_class"]
@@ -413,3 +595,70 @@ def curve_picture(
                 write(draw, (x, top - 26), name, 11, color_of[name], "ra")
                 x -= 12 + draw.textlength(name, font(11)) / SCALE
     return image
+
+
+def pretraining_picture(records: list[dict]) -> Image.Image:
+    """curve.png of a pretraining, from the records of its epochs."""
+    panels = {
+        "NT-Xent (nats)": {"loss": [r["loss"] for r in records]},
+        "contrastive accuracy": {"accuracy": [r["contrastive_accuracy"] for r in records]},
+    }
+    return curve_picture(panels, "Pretraining")
+
+
+def training_picture(records: list[dict], title: str, caption: str) -> Image.Image:
+    """curve.png of a head's training, from the records of its epochs."""
+    scored = [r for r in records if r["val_loss"] is not None]
+    losses = {"train": [r["train_loss"] for r in records], "val": [r["val_loss"] for r in scored]}
+    accuracy = {"val": [r["val_accuracy"] for r in scored]}
+    panels = {"cross-entropy (nats)": losses, "val accuracy": accuracy}
+    return curve_picture(panels, title, caption)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a result leaves behind
+# ---------------------------------------------------------------------------------------------
+
+
+def leak_caption(leaked: Sequence[str]) -> str:
+    """The warning that every output of a leaked result carries; '' for an honest one.
+
+    Args:
+        leaked: the test pictures that the classifier, or others of their groups, was trained on.
+    """
+    return f"LEAKED: {len(leaked)} test pictures or their groups were trained on" if leaked else ""
+
+
+def result_files(
+    test: TestPart, probs: np.ndarray, results: dict[str, dict], split: dict, caption: str
+) -> dict[str, object]:
+    """The files of a result, by name: metrics.json, report.txt, predictions.csv, confusion.png.
+
+    Args:
+        probs: (N, K) of the first of `results`.
+        results: by name, `TestPart.measure`; the first is what was asked for, the others its
+            baselines: one that has learnt nothing and, for a probe, raw pixels.
+        split: how the split was made, in plain types.
+        caption: `leak_caption`; it goes into every file but the predictions.
+    """
+    measured, *baselines = results.values()
+    metrics = {"task": test.task, "classes": list(test.classes), **measured}
+    metrics |= dict(zip(("baseline", "raw_pixels"), baselines, strict=False))
+    counts = f"{measured['n']:,} test pictures of {measured['n_groups']:,} groups"
+    report = (
+        f"{classification_report(measured)}\n{comparison_table(results)}"
+        f"{counts}; 95 % intervals from resampling groups\n" + f"{caption}\n" * bool(caption)
+    )
+    header = ("path", "group", "label", "prediction", *(f"p_{name}" for name in test.classes))
+    predictions = [
+        (path, group, test.classes[label], test.classes[p.argmax()], *(f"{x:.9g}" for x in p))
+        for path, group, label, p in zip(test.paths, test.groups, test.labels, probs, strict=True)
+    ]
+    title = f"{test.task}, test part: accuracy {metrics['accuracy']:.3f}"
+    picture = confusion_picture(metrics["confusion_matrix"], test.classes, title, caption)
+    return {
+        "metrics.json": metrics | {"split": split, "leaked": bool(caption)},
+        "report.txt": report,
+        "predictions.csv": [header, *predictions],
+        "confusion.png": picture,
+    }

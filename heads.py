@@ -15,9 +15,11 @@ Next: main.py
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -168,3 +170,170 @@ def probabilities(head: nn.Module, features: Tensor) -> Tensor:
     """
     head.eval()
     return head(features).double().softmax(dim=1).cpu()
+
+
+# ---------------------------------------------------------------------------------------------
+# Probing a task: what the head is trained on, and the result
+# ---------------------------------------------------------------------------------------------
+
+
+def representations(
+    encoder: simclr.ResNet,
+    checkpoint: dict,
+    images: np.ndarray,
+    thumbnails: np.ndarray,
+    seed: int,
+    device: torch.device,
+    bf16: bool,
+) -> dict[str, Tensor]:
+    """What the same head is trained on: the encoder's features and two that have learnt nothing.
+
+    Args:
+        encoder, checkpoint: as `simclr.load_encoder` returns them.
+        images: (n, S, S) uint8.
+        thumbnails: (n, 32, 32) uint8, of the same pictures.
+        seed: of the untrained encoder's weights.
+        device, bf16: as in `simclr.encode`.
+
+    Returns:
+        by name, (n, E) float32 on the CPU.
+    """
+    torch.manual_seed(seed)
+    untrained = simclr.ARCHITECTURES[checkpoint["arch"]]()
+    scaling = {"mean": checkpoint["mean"], "std": checkpoint["std"]}
+    features = {
+        name: simclr.encode(network.to(device), images, **scaling, device=device, bf16=bf16)
+        for name, network in (("pretrained encoder", encoder), ("untrained encoder", untrained))
+    }
+    pixels = torch.from_numpy(thumbnails).flatten(1)  # (n, 1024)
+    return features | {"raw 32x32 pixels": pixels.float() / 127.5 - 1}
+
+
+def refuse_leak(
+    collection: data.Collection, task: data.Task, seen: np.ndarray, allowed: bool
+) -> list[str]:
+    """The test pictures whose group the encoder was pretrained on, if that is allowed.
+
+    Args:
+        seen: (n, 16) uint8, what the encoder's checkpoint remembers.
+        allowed: --allow-leak was given.
+
+    Returns:
+        Their paths; none for an honest result.
+
+    Raises:
+        UserError: there are some, and they are not allowed.
+    """
+    rows, _, groups = task.part("test")
+    met = np.isin(groups, collection.groups[collection.was_seen(seen)])
+    leaked = [collection.pictures.paths[row] for row in rows[met]]
+    if leaked and not allowed:
+        raise data.UserError(
+            f"the encoder was pretrained on {len(leaked)} of the {len(rows)} test pictures of "
+            f"{task.name} or on others of their groups, the first is {leaked[0]!r}; pretrain with "
+            "the same --data, --group-pattern and --resplit, which holds them out, or give "
+            "--allow-leak for a figure not to be believed"
+        )
+    return leaked
+
+
+def fit_probes(
+    features: dict[str, Tensor], task: data.Task, settings: Probing, progress: Callable
+) -> dict[str, tuple[CosineMLP, list[dict], np.ndarray]]:
+    """Train the same head on each representation; the val part chooses its epoch.
+
+    Args:
+        features: by name, (n, E) float32 of all the task's pictures in the order of `task.rows`.
+        progress: wraps the epochs of one head and shows how far they are, as tqdm does.
+
+    Returns:
+        by name: the head, a record for each epoch, probabilities (N, K) of the test part.
+    """
+    labels, fits = torch.from_numpy(task.labels), {}
+    train, val, test = (torch.from_numpy(task.split == p) for p in ("train", "val", "test"))
+    for name, h in features.items():
+        torch.manual_seed(settings.seed)  # the head's first weights
+        head = CosineMLP(h.shape[1], len(task.classes))
+        epochs = train_probe(head, (h[train], labels[train]), (h[val], labels[val]), settings)
+        records = list(progress(epochs, desc=f"head, {name}"))
+        fits[name] = head, records, probabilities(head, h[test]).numpy()
+    return fits
+
+
+def part_unseen(
+    collection: data.Collection, task: data.Task, seen: np.ndarray, allowed: bool
+) -> tuple[data.Task, list[str]]:
+    """A task as one test part, for a classifier that may have been trained on some of it.
+
+    Args:
+        seen: (m, 16) uint8, what the classifier's checkpoint remembers.
+        allowed: --allow-leak was given: what it has seen is tested all the same.
+
+    Returns:
+        (the task, what was seen dropped; the paths of what was seen and is tested all the same)
+
+    Raises:
+        UserError: nothing is left.
+    """
+    honest = collection.as_test(task, seen)
+    rows = honest.part("test")[0]
+    if allowed:
+        task = collection.as_test(task, seen[:0])
+        leaked = np.setdiff1d(task.part("test")[0], rows)
+        return task, [collection.pictures.paths[row] for row in leaked]
+    if not len(rows):
+        raise data.UserError(
+            f"the classifier was trained on all {len(task.rows)} pictures of {task.name} or others "
+            f"of their groups, the first is {collection.pictures.paths[task.rows[0]]!r}; give "
+            "pictures from elsewhere, or --allow-leak for a figure not to be believed"
+        )
+    return honest, []
+
+
+def load_classifier(path: Path) -> tuple[simclr.ResNet, CosineMLP, dict]:
+    """Read classifier.pt: an encoder, the head that was trained on it, and the whole checkpoint.
+
+    Raises:
+        UserError: the file is missing, or is no classifier.
+    """
+    encoder, checkpoint = simclr.load_encoder(path)
+    if checkpoint.get("head_type") != "cosine_mlp":
+        raise data.UserError(
+            f"{path} holds no classifier that is known here (head_type "
+            f"{checkpoint.get('head_type')!r}); python main.py probe writes a classifier.pt"
+        )
+    head = CosineMLP(checkpoint["feature_dim"], len(checkpoint["classes"]))
+    head.load_state_dict(checkpoint["head"])
+    return encoder, head.eval(), checkpoint
+
+
+def classify(
+    encoder: simclr.ResNet,
+    head: CosineMLP,
+    checkpoint: dict,
+    images: np.ndarray,
+    classes: Sequence[str],
+    device: torch.device,
+    bf16: bool,
+) -> np.ndarray:
+    """Class probabilities of pictures, from a classifier as `load_classifier` returns it.
+
+    Args:
+        images: (n, S, S) uint8, S = checkpoint["image_size"].
+        classes: the columns' order; the classifier's own in any order.
+
+    Returns:
+        (n, K) float64, rows sum to 1.
+
+    Raises:
+        UserError: the classifier has other classes.
+    """
+    if set(classes) != set(checkpoint["classes"]):
+        raise data.UserError(
+            f"the data has the classes {', '.join(classes)}, and the classifier tells apart "
+            f"{', '.join(checkpoint['classes'])}; rename the folders of what is the same"
+        )
+    scaling = {"mean": checkpoint["mean"], "std": checkpoint["std"]}
+    h = simclr.encode(encoder.to(device), images, **scaling, device=device, bf16=bf16)
+    columns = [checkpoint["classes"].index(name) for name in classes]
+    return probabilities(head, h).numpy()[:, columns]

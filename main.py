@@ -1,11 +1,13 @@
-"""The commands: `pretrain` learns an encoder from pictures alone, `probe` reads a diagnosis off it.
+"""The commands: look at the data, pretrain an encoder, probe it, score the result elsewhere.
 
 This file only wires: it parses, seeds, chooses the device and the paths, and prints. What is
 computed stands in data.py (pictures, groups, splits, views), simclr.py (encoder, loss,
 pretraining), evaluate.py (the numbers) and heads.py (the classifiers), to be read in this order.
 
+    data:      pictures -- groups, splits --> splits.csv, and what a leak would score
     pretrain:  pictures of no val or test group -- two views --> simclr.pretrain --> encoder.pt
     probe:     encoder.pt, frozen -- features --> heads.train_probe --> classifier.pt, metrics.json
+    evaluate:  classifier.pt, pictures it has not seen --> metrics.json
 
 Next: nothing; this is the last.
 """
@@ -15,6 +17,7 @@ import csv
 import io
 import json
 import platform
+import re
 import shlex
 import sys
 import time
@@ -27,7 +30,6 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,7 +42,6 @@ RUNS = Path("runs")
 PUBLISHED = {"image_size": 128} | asdict(simclr.Pretraining())
 # On the phantoms a command takes minutes on a laptop; these settings, and no others, differ there.
 PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 32, "epochs": 12}
-PARTS = ("train", "val", "test", "dropped")
 CHECKPOINT_SECONDS = 60  # at most one checkpoint a minute, so that writing costs next to nothing
 
 # ---------------------------------------------------------------------------------------------
@@ -95,25 +96,35 @@ def base_folder(args: argparse.Namespace) -> Path:
     return RUNS if args.data else RUNS / "phantoms"
 
 
-def load_data(args: argparse.Namespace, image_size: int) -> data.Collection:
+def load_data(args: argparse.Namespace, image_size: int, survey: bool = False) -> data.Collection:
     """Read --data or the phantoms; say what is there, what cannot be read, and what is suspect.
 
     Args:
         image_size: of the encoder, in pixels; the split does not depend on it.
+        survey: the tasks are reported elsewhere, and no number of unreadable pictures is too many.
 
     Raises:
-        UserError: the data cannot be read.
+        UserError: the data cannot be read, or too many of its pictures.
     """
-    collection = data.load(args.data, image_size, RUNS / "cache", partial(tqdm, leave=False))
+    progress, how = partial(tqdm, leave=False), (args.group_pattern, args.resplit)
+    collection = data.load(args.data, image_size, RUNS / "cache", progress, *how)
     paths, groups = collection.pictures.paths, len(np.unique(collection.groups))
+    bad, others = collection.pictures.unreadable, collection.other_files
     where = args.data or "phantoms, drawn by code (--data takes your own scans)"
-    others = f", {collection.other_files:,} other files" if collection.other_files else ""
-    print(f"{where}: {len(paths):,} pictures in {groups:,} groups{others}")
-    for row, why in collection.pictures.unreadable.items():
+    counts = f", {len(bad):,} unreadable" * bool(bad) + f", {others:,} other files" * bool(others)
+    print(f"{where}: {len(paths):,} pictures in {groups:,} groups{counts}")
+    for row, why in bad.items():
         print(f"  left out, unreadable: {paths[row]!r} ({why})")
+    least, share = data.MAX_UNREADABLE
+    if len(bad) > max(least, share * len(paths)) and not survey:
+        raise data.UserError(
+            f"{len(bad)} of {len(paths)} pictures below {where} cannot be read, the first is "
+            f"{paths[min(bad)]!r} ({bad[min(bad)]}); replace or remove them"
+        )
     for task in collection.tasks.values():
-        counts = ", ".join(f"{(task.split == part).sum():,} {part}" for part in PARTS)
-        print(f"  task {task.name} ({', '.join(task.classes)}): {counts}")
+        counts = ", ".join(f"{(task.split == part).sum():,} {part}" for part in evaluate.PARTS)
+        if not survey:
+            print(f"  task {task.name} ({', '.join(task.classes)}): {counts}")
         if task.notes["largest_group_is_suspect"]:
             print(
                 f"  warning: one group holds {task.notes['largest_group']} of the "
@@ -123,17 +134,24 @@ def load_data(args: argparse.Namespace, image_size: int) -> data.Collection:
     return collection
 
 
+def data_flags(args: argparse.Namespace) -> list[str]:
+    """The words that make the next command read the same data in the same way."""
+    words = ["--data", str(args.data)] if args.data else []
+    words += ["--group-pattern", args.group_pattern.pattern] if args.group_pattern else []
+    return words + ["--resplit"] * args.resplit
+
+
 def run_config(
     args: argparse.Namespace,
     collection: data.Collection,
     machine: Machine,
-    settings: simclr.Pretraining | heads.Probing,
+    settings: simclr.Pretraining | heads.Probing | None,
     **values: object,
 ) -> dict:
     """config.json: every value that shaped the run, in plain types; checkpoints hold it too.
 
     Args:
-        settings: of the training; its fields are written one by one.
+        settings: of the training, where there is one; its fields are written one by one.
         values: what else shaped the run.
     """
     return {
@@ -141,8 +159,10 @@ def run_config(
         "data": str(args.data.resolve()) if args.data else None,
         "phantoms": args.data is None,
         "fingerprint": collection.fingerprint(),
+        "group_pattern": args.group_pattern.pattern if args.group_pattern else None,
+        "resplit": args.resplit,
         **values,
-        **asdict(settings),
+        **(asdict(settings) if settings else {}),
         "device": machine.device.type,
         "precision": "bf16" if machine.bf16 else "fp32",
         "threads": torch.get_num_threads(),
@@ -151,33 +171,27 @@ def run_config(
     }
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with data.write_atomically(path) as file:
-        file.write(text.encode("utf8", "surrogateescape"))
+def write(out: Path, files: dict[str, object]) -> None:
+    """Write files into a folder, each whole or not at all.
 
-
-def write_json(path: Path, value: dict) -> None:
-    """Write JSON that people can read."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_log(path: Path, records: list[dict]) -> None:
-    """Write one line of JSON for each epoch."""
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def write_csv(path: Path, header: list[str], rows: list[tuple]) -> None:
-    """Write a table."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_text(path, text.getvalue())
-
-
-def write_picture(path: Path, image: Image.Image) -> None:
-    """Write a PNG."""
-    with data.write_atomically(path) as file:
-        image.save(file, "PNG")
+    Args:
+        files: by name, whose ending says how: .json a value, .jsonl records, .csv rows, .png a
+            picture; a text else.
+    """
+    for name, value in files.items():
+        with data.write_atomically(out / name) as file:
+            if name.endswith(".png"):
+                value.save(file, "PNG")
+                continue
+            if name.endswith(".json"):
+                value = json.dumps(value, indent=2) + "\n"
+            elif name.endswith(".jsonl"):
+                value = "".join(json.dumps(record) + "\n" for record in value)
+            elif name.endswith(".csv"):
+                table = io.StringIO()
+                csv.writer(table, lineterminator="\n").writerows(value)
+                value = table.getvalue()
+            file.write(value.encode("utf8", "surrogateescape"))
 
 
 def print_written(out: Path, command: list[str]) -> None:
@@ -192,6 +206,45 @@ def print_written(out: Path, command: list[str]) -> None:
         print("next:", shlex.join(["python", "main.py", *command]))
 
 
+def test_part(collection: data.Collection, task: data.Task) -> evaluate.TestPart:
+    """The test part of a task, as evaluate.py takes it."""
+    rows, labels, groups = task.part("test")
+    paths = [collection.pictures.paths[row] for row in rows]
+    return evaluate.TestPart(task.name, task.classes, paths, labels, groups)
+
+
+# ---------------------------------------------------------------------------------------------
+# data
+# ---------------------------------------------------------------------------------------------
+
+
+def survey(args: argparse.Namespace) -> None:
+    """Show what is there, what belongs together, how it splits, and what leaks would score."""
+    run_folder(args, "")
+    collection = load_data(args, args.image_size, survey=True)
+    pictures = collection.pictures
+    for name in [args.task] if args.task else sorted(collection.tasks):
+        task = collection.task(name)
+        meter = evaluate.leak_meter(pictures.thumbnails[task.rows], task.labels, task.groups)
+        report = f"\ntask {name}, split: {task.notes['rule']}\n"
+        columns = (task.labels, task.groups, task.parts, task.split, pictures.names()[task.rows])
+        report += evaluate.survey(task.classes, *columns, task.rows, collection.twins, meter)
+        clash = task.notes["dropped_for_a_twin_with_another_label"]
+        report += f"{clash:,} pictures are left out: a twin has another label.\n" if clash else ""
+        try:
+            task.check()
+        except data.UserError as error:
+            report += f"It cannot be probed or fine-tuned: {error}\n"
+        print(report, end="")
+        out = run_folder(args, f"data-{name}") / ("" if args.task or not args.out else name)
+        files = {"splits.csv": collection.split_table(task), "report.txt": report.lstrip()}
+        title = f"{name}: the nearest neighbour on 32x32 pixels"
+        write(out, files | {"leak.png": evaluate.leak_picture(meter, title)})
+        print_written(out, [])
+    if not collection.tasks:
+        print("no task is here, that is no class folders side by side: all of it is unlabelled")
+
+
 # ---------------------------------------------------------------------------------------------
 # pretrain
 # ---------------------------------------------------------------------------------------------
@@ -200,21 +253,18 @@ def print_written(out: Path, command: list[str]) -> None:
 def pretrain(args: argparse.Namespace) -> None:
     """Learn an encoder from pictures without labels; leaves encoder.pt."""
     out, machine = run_folder(args, "pretrain"), choose_machine(args)
-    for name, value in PHANTOM_DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, PUBLISHED[name] if args.data else value)
     collection = load_data(args, args.image_size)
     rows = collection.pretraining_rows()
     settings = pretraining_settings(args, collection, len(rows))
     values = {"arch": args.arch, "image_size": args.image_size, "leaked": False}
     config = run_config(args, collection, machine, settings, **values, pictures=len(rows))
-    write_json(out / "config.json", config)
+    write(out, {"config.json": config})
     torch.manual_seed(args.seed)  # the networks' first weights
     encoder = simclr.ARCHITECTURES[args.arch]()
     networks = torch.nn.ModuleList([encoder, simclr.ProjectionHead(encoder.feature_dim)])
     networks.to(machine.device, memory_format=simclr.memory_format(machine.device, machine.bf16))
     optimizer = simclr.adamw(networks, lr=settings.lr, weight_decay=settings.weight_decay)
-    images = torch.from_numpy(collection.pictures.images[rows])[:, None]  # (n, 1, S, S) uint8
+    images = torch.from_numpy(collection.pictures.squares(rows))[:, None]  # (n, 1, S, S) uint8
     seen = torch.from_numpy(collection.pictures.hashes[rows])
     steps = len(rows) // settings.batch_size
     print(
@@ -228,11 +278,11 @@ def pretrain(args: argparse.Namespace) -> None:
             images.to(machine.device), *networks, optimizer, settings, machine.bf16, on_step
         ):
             records.append(record)
-            write_log(out / "log.jsonl", records)
+            write(out, {"log.jsonl": records})
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save_pretraining(out, *networks, optimizer, record["epoch"], config, seen)
+                simclr.save_pretraining(out, *networks, optimizer, record["epoch"], config, seen)
                 saved = time.monotonic()
-    save_pretraining(out, *networks, optimizer, settings.epochs, config, seen)
+    simclr.save_pretraining(out, *networks, optimizer, settings.epochs, config, seen)
     finish_pretraining(args, out, records, collection)
 
 
@@ -271,35 +321,6 @@ def show_step(bar: tqdm, batch_size: int, step: int, sums: Tensor) -> None:
         )
 
 
-def save_pretraining(
-    out: Path,
-    encoder: simclr.ResNet,
-    projection_head: simclr.ProjectionHead,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    config: dict,
-    seen: Tensor,
-) -> None:
-    """Write checkpoint.pt, the state of the training, and encoder.pt, all that using it needs.
-
-    Args:
-        epoch: the last one that was finished.
-        config: of the run; image size, mean and std are copied out of it, to be found at once.
-        seen: (n, 16) uint8, the hashes of the pictures pretrained on, so that a probe can refuse
-            a test part that holds one of them.
-    """
-    weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
-    both = {"encoder": weights, "epoch": epoch, "config": config}
-    training = {
-        "projection_head": projection_head.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    simclr.save(both | training, out / "checkpoint.pt")
-    described = {key: config[key] for key in ("arch", "image_size", "mean", "std")}
-    described |= {"feature_dim": encoder.feature_dim, "seen": seen}
-    simclr.save(both | described, out / "encoder.pt")
-
-
 def finish_pretraining(
     args: argparse.Namespace, out: Path, records: list[dict], collection: data.Collection
 ) -> None:
@@ -308,11 +329,7 @@ def finish_pretraining(
     Args:
         records: of all epochs, as `simclr.pretrain` yields them; none after --epochs 0.
     """
-    panels = {
-        "NT-Xent (nats)": {"loss": [r["loss"] for r in records]},
-        "contrastive accuracy": {"accuracy": [r["contrastive_accuracy"] for r in records]},
-    }
-    write_picture(out / "curve.png", evaluate.curve_picture(panels, "Pretraining"))
+    write(out, {"log.jsonl": records, "curve.png": evaluate.pretraining_picture(records)})
     if records:
         last, minutes = records[-1], sum(r["seconds"] for r in records) / 60
         print(
@@ -323,7 +340,7 @@ def finish_pretraining(
     following = []
     if collection.tasks:
         task = "tumor" if args.data is None else min(collection.tasks)
-        following = ["probe", *(["--data", str(args.data)] if args.data else []), "--task", task]
+        following = ["probe", *data_flags(args), "--task", task]
         following += ["--encoder", str(out / "encoder.pt")] if args.out else []
     print_written(out, following)
 
@@ -339,169 +356,69 @@ def probe(args: argparse.Namespace) -> None:
     path = args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
     encoder, checkpoint = simclr.load_encoder(path)
     collection = load_data(args, checkpoint["image_size"])
-    task = collection.task(args.task)
-    leaked = refuse_leak(collection, task, checkpoint["seen"].numpy(), args.allow_leak)
+    task, pictures = collection.task(args.task), collection.pictures
+    task.check()
+    leaked = heads.refuse_leak(collection, task, checkpoint["seen"].numpy(), args.allow_leak)
     settings = heads.Probing(epochs=args.epochs, seed=args.seed)
     values = {"task": task.name, "encoder": str(path.resolve()), "leaked": bool(leaked)}
     values["pretraining"] = checkpoint["config"]
     config = run_config(args, collection, machine, settings, **values)
+    caption = evaluate.leak_caption(leaked)
     print(f"probe {task.name} with {path}, on {machine.text}")
-    features = representations(encoder, checkpoint, collection, task, machine, args.seed)
-    fits = {name: fit_probe(h, task, settings, name) for name, h in features.items()}
-    results = {name: measure(task, probs) for name, (_, _, probs) in fits.items()}
+    images, thumbnails = pictures.squares(task.rows), pictures.thumbnails[task.rows]
+    features = heads.representations(
+        encoder, checkpoint, images, thumbnails, args.seed, *machine[:2]
+    )
+    progress = partial(tqdm, total=args.epochs, unit="epoch", leave=False)
+    fits = heads.fit_probes(features, task, settings, progress)
+    test = test_part(collection, task)
+    results = {name: test.measure(probs) for name, (_, _, probs) in fits.items()}
     head, records, probs = fits["pretrained encoder"]
     used = task.rows[np.isin(task.split, ("train", "val"))]
-    seen = torch.cat([checkpoint["seen"], torch.from_numpy(collection.pictures.hashes[used])])
+    seen = torch.cat([checkpoint["seen"], torch.from_numpy(pictures.hashes[used])])
     described = {"task": task.name, "classes": list(task.classes), "config": config}
     trained = {"head": head.state_dict(), "head_type": "cosine_mlp", "seen": seen.unique(dim=0)}
     simclr.save(checkpoint | described | trained, out / "classifier.pt")
-    write_json(out / "config.json", config)
-    caption = f"LEAKED: the encoder has seen {len(leaked)} test pictures" if leaked else ""
-    write_results(out, collection, task, results, probs, caption)
-    write_training(out, records, f"Probe of {task.name}", caption)
+    files = {"config.json": config, "log.jsonl": records}
+    files |= {"splits.csv": collection.split_table(task)}
+    files |= {"curve.png": evaluate.training_picture(records, f"Probe of {task.name}", caption)}
+    files |= evaluate.result_files(test, probs, results, task.notes, caption)
+    write(out, files)
+    print(files["report.txt"], end="")
     later = [name for name in sorted(collection.tasks) if name > task.name]
-    flags = ["--data", str(args.data)] if args.data else []
-    flags += ["--encoder", str(args.encoder)] if args.encoder else []
+    flags = data_flags(args) + (["--encoder", str(args.encoder)] if args.encoder else [])
     print_written(out, ["probe", *flags, "--task", later[0]] if later else [])
 
 
-def representations(
-    encoder: simclr.ResNet,
-    checkpoint: dict,
-    collection: data.Collection,
-    task: data.Task,
-    machine: Machine,
-    seed: int,
-) -> dict[str, Tensor]:
-    """What the same head is trained on: the encoder's features and two that have learnt nothing.
-
-    Returns:
-        by name, (n, E) float32 for the task's pictures, each row in the order of `task.rows`.
-    """
-    torch.manual_seed(seed)
-    untrained = simclr.ARCHITECTURES[checkpoint["arch"]]()
-    images = collection.pictures.images[task.rows]  # (n, S, S) uint8
-    scaling = {"mean": checkpoint["mean"], "std": checkpoint["std"]}
-    features = {
-        name: simclr.encode(
-            network.to(machine.device), images, **scaling, device=machine.device, bf16=machine.bf16
-        )
-        for name, network in (("pretrained encoder", encoder), ("untrained encoder", untrained))
-    }
-    pixels = torch.from_numpy(collection.pictures.thumbnails[task.rows]).flatten(1)  # (n, 1024)
-    return features | {"raw 32x32 pixels": pixels.float() / 127.5 - 1}
+# ---------------------------------------------------------------------------------------------
+# evaluate
+# ---------------------------------------------------------------------------------------------
 
 
-def refuse_leak(
-    collection: data.Collection, task: data.Task, seen: np.ndarray, allowed: bool
-) -> list[str]:
-    """The test pictures that the encoder was pretrained on, if that is allowed.
-
-    Args:
-        seen: (n, 16) uint8, what the encoder's checkpoint remembers.
-        allowed: --allow-leak was given.
-
-    Returns:
-        Their paths; none for an honest result.
-
-    Raises:
-        UserError: there are some, and --allow-leak was not given.
-    """
-    leaked = collection.seen_in_test(task, seen)
-    if leaked and not allowed:
-        raise data.UserError(
-            f"the encoder was pretrained on {len(leaked)} of the {len(task.part('test')[0])} test "
-            f"pictures of {task.name}, the first is {leaked[0]!r}; pretrain with the same --data, "
-            "which holds them out, or give --allow-leak for a figure not to be believed"
-        )
-    return leaked
-
-
-def fit_probe(
-    h: Tensor, task: data.Task, settings: heads.Probing, name: str
-) -> tuple[heads.CosineMLP, list[dict], np.ndarray]:
-    """Train a head on the train part and choose its epoch on the val part.
-
-    Args:
-        h: (n, E) float32, the features of all the task's pictures in the order of `task.rows`.
-        name: of the representation, for the progress bar.
-
-    Returns:
-        (the head, a record for each epoch, probabilities (N, K) of the test part)
-    """
-    labels = torch.from_numpy(task.labels)
-    train, val, test = (torch.from_numpy(task.split == p) for p in ("train", "val", "test"))
-    torch.manual_seed(settings.seed)  # the head's first weights
-    head = heads.CosineMLP(h.shape[1], len(task.classes))
-    epochs = heads.train_probe(head, (h[train], labels[train]), (h[val], labels[val]), settings)
-    records = list(tqdm(epochs, f"head, {name}", settings.epochs, unit="epoch", leave=False))
-    return head, records, heads.probabilities(head, h[test]).numpy()
-
-
-def measure(task: data.Task, probs: np.ndarray) -> dict:
-    """The metrics of the test part's probabilities (N, K), with their intervals."""
-    _, labels, groups = task.part("test")
-    metrics = evaluate.classification_metrics(labels, probs, task.classes)
-    intervals = evaluate.group_bootstrap(labels, probs, groups)
-    return {"n_groups": len(np.unique(groups)), **metrics, "ci95": intervals}
-
-
-def write_results(
-    out: Path,
-    collection: data.Collection,
-    task: data.Task,
-    results: dict[str, dict],
-    probs: np.ndarray,
-    caption: str,
-) -> None:
-    """Print and write what was measured on the test part.
-
-    Args:
-        results: by representation, `measure` of it; the first is the encoder in question.
-        probs: (N, K) of the first.
-        caption: the warning of a leaked result, '' for an honest one; it goes into every output.
-    """
-    measured, untrained, pixels = results.values()
-    metrics = {"task": task.name, "classes": list(task.classes), **measured}
-    metrics |= {"baseline": untrained, "raw_pixels": pixels}
-    metrics |= {"split": task.notes, "leaked": bool(caption)}
-    write_json(out / "metrics.json", metrics)
-    report = (
-        f"{evaluate.classification_report(measured)}\n{evaluate.comparison_table(results)}"
-        f"{measured['n']:,} test pictures of {measured['n_groups']:,} groups; 95 % intervals "
-        f"from resampling groups\n{caption}".rstrip()
-        + "\n"
+def score(args: argparse.Namespace) -> None:
+    """Score a classifier on pictures from elsewhere; leaves metrics.json and predictions.csv."""
+    encoder, head, checkpoint = heads.load_classifier(args.model)
+    name = args.task or checkpoint["task"]
+    out, machine = run_folder(args, f"evaluate-{name}"), choose_machine(args)
+    collection = load_data(args, checkpoint["image_size"])
+    task, leaked = heads.part_unseen(
+        collection, collection.task(name), checkpoint["seen"].numpy(), args.allow_leak
     )
-    write_text(out / "report.txt", report)
-    print(report, end="")
-    header = ["path", "label", "group", "split", "pixel_hash"]
-    write_csv(out / "splits.csv", header, collection.split_table(task))
-    header = ["path", "group", "label", "prediction", *(f"p_{name}" for name in task.classes)]
-    predictions = [
-        (collection.pictures.paths[r], g, task.classes[k], task.classes[p.argmax()])
-        + tuple(f"{value:.9g}" for value in p)
-        for r, k, g, p in zip(*task.part("test"), probs, strict=True)
-    ]
-    write_csv(out / "predictions.csv", header, predictions)
-    title = f"{task.name}, test part: accuracy {metrics['accuracy']:.3f}"
-    matrix = metrics["confusion_matrix"]
-    picture = evaluate.confusion_picture(matrix, task.classes, title, caption)
-    write_picture(out / "confusion.png", picture)
-
-
-def write_training(out: Path, records: list[dict], title: str, caption: str) -> None:
-    """Write log.jsonl and curve.png of a head's training.
-
-    Args:
-        records: as `heads.train_probe` yields them.
-        caption: the warning of a leaked result, or ''.
-    """
-    write_log(out / "log.jsonl", records)
-    scored = [r for r in records if r["val_loss"] is not None]
-    losses = {"train": [r["train_loss"] for r in records], "val": [r["val_loss"] for r in scored]}
-    accuracy = {"val": [r["val_accuracy"] for r in scored]}
-    panels = {"cross-entropy (nats)": losses, "val accuracy": accuracy}
-    write_picture(out / "curve.png", evaluate.curve_picture(panels, title, caption))
+    left_out = task.notes["dropped_for_a_group_it_has_seen"]
+    print(f"  left out: {left_out:,} pictures of groups that {args.model} was trained on")
+    test, caption = test_part(collection, task), evaluate.leak_caption(leaked)
+    images = collection.pictures.squares(task.part("test")[0])
+    probs = heads.classify(encoder, head, checkpoint, images, task.classes, *machine[:2])
+    results = {"this classifier": test.measure(probs)}
+    results["always the commonest"] = test.measure(test.shares())
+    values = {"task": name, "model": str(args.model.resolve()), "leaked": bool(leaked)}
+    values["training"] = checkpoint["config"]
+    files = {"config.json": run_config(args, collection, machine, None, **values)}
+    files |= {"splits.csv": collection.split_table(task)}
+    files |= evaluate.result_files(test, probs, results, task.notes, caption)
+    write(out, files)
+    print(files["report.txt"], end="")
+    print_written(out, [])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -524,11 +441,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def at_least(low: int, text: str) -> int:
-    """An argparse type, with `low` bound by partial: a whole number not below `low`."""
-    if not text.isdecimal() or int(text) < low:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} up")
-    return int(text)
+def whole(low: int) -> Callable[[str], int]:
+    """An argparse type: a whole number not below `low`."""
+
+    def read(text: str) -> int:
+        """The number in `text`."""
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} up")
+        return int(text)
+
+    return read
 
 
 def positive(text: str) -> float:
@@ -538,21 +460,23 @@ def positive(text: str) -> float:
     return float(text)
 
 
-def shared_flags() -> Parser:
-    """The flags of every command that computes."""
-    shared = Parser(add_help=False)
-    flag = shared.add_argument_group("data and output").add_argument
-    text = "folder of scans: <task>/<class>/ or <task>/Training/<class>/ below it; else phantoms"
-    flag("--data", type=Path, help=text)
-    flag("--out", type=Path, help="folder of this run; one below runs/ where not given")
-    flag = shared.add_argument_group("machine").add_argument
-    text = "moves first weights, order, views and dropout, never the split"
-    flag("--seed", type=partial(at_least, 0), default=0, help=text)
-    text = "auto takes CUDA, then Apple's MPS, then the CPU"
-    flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
-    text = "auto takes bf16 where the machine computes it natively; the loss stays float32"
-    flag("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=text)
-    return shared
+def pattern(text: str) -> re.Pattern:
+    """An argparse type: a regular expression with a capture group."""
+    try:
+        found = re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression ({error})") from None
+    if not found.groups:
+        raise argparse.ArgumentTypeError(f"{text!r} has no (group) around what is the patient")
+    return found
+
+
+COMMANDS = {  # what runs, and what it holds out
+    "data": (survey, "nothing is trained; the table says what the others hold out."),
+    "pretrain": (pretrain, "the val and test groups of every task below --data."),
+    "probe": (probe, "the test part, opened once; the val part chooses the epoch."),
+    "evaluate": (score, "all groups that the classifier was trained on; the rest is scored."),
+}
 
 
 def build_parser() -> Parser:
@@ -561,50 +485,82 @@ def build_parser() -> Parser:
     The help of a command is the first line of the function that runs it, and what it holds out.
     """
     parser = Parser(prog="main.py", description="SimCLR for brain scans, by hand, in PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(run: Callable, held_out: str) -> Callable:
-        """Add a subcommand; what is returned declares a flag of it."""
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    groups: dict[tuple[str, str], argparse._ArgumentGroup] = {}
+    for name, (run, held_out) in COMMANDS.items():
         summary = run.__doc__.splitlines()[0]
-        sub = commands.add_parser(
-            run.__name__,
-            parents=[shared_flags()],
-            help=summary,
-            formatter_class=HelpFormatter,
-            description=f"{summary} Held out: {held_out}",
-        )
+        sub = subparsers.add_parser(name, help=summary, formatter_class=HelpFormatter)
+        sub.description = f"{summary} Held out: {held_out}"
         sub.set_defaults(run=run)
-        return sub.add_argument_group("model and optimisation").add_argument
+        for title in ("data and output", "model", "optimisation", "machine"):
+            groups[name, title] = sub.add_argument_group(title)
 
-    flag = command(pretrain, "the val and test groups of every task below --data.")
-    text = "encoder; resnet50 has twice the parameters and four times the features"
-    flag("--arch", choices=tuple(simclr.ARCHITECTURES), default="resnet18", help=text)
-    for name, low, text in (
-        ("image_size", 32, "side of the square pictures, in pixels"),
-        ("batch_size", 2, "slices a step; more negatives, more memory"),
-        ("epochs", 0, "passes over the pictures; 0 leaves random weights"),
-    ):
-        text += f" (default: {PUBLISHED[name]}; {PHANTOM_DEFAULTS[name]} on phantoms)"
-        flag(f"--{name.replace('_', '-')}", type=partial(at_least, low), help=text)
-    text = "learning rate at the start; halve it if the loss turns NaN"
-    flag("--lr", type=positive, default=PUBLISHED["lr"], help=text)
-    text = "softmax scale of NT-Xent in cosine units; lower stresses the hardest negatives"
-    flag("--temperature", type=positive, default=PUBLISHED["temperature"], help=text)
+    def flag(title: str, commands: str, *name: str, **options: object) -> None:
+        """Give a flag to some commands, or to all where `commands` is ''."""
+        for command in commands.split() or COMMANDS:
+            groups[command, title].add_argument(*name, **options)
 
-    flag = command(probe, "the test part, opened once; the val part chooses the epoch.")
-    flag("--task", required=True, help="one of those that pretrain lists, such as tumor")
-    flag("--encoder", type=Path, help="where pretrain/encoder.pt of the same data is not meant")
-    text = "passes of the head over the features"
-    flag("--epochs", type=partial(at_least, 0), default=heads.Probing.epochs, help=text)
-    text = "go on although the encoder has seen test pictures; every output then says so"
-    flag("--allow-leak", action="store_true", help=text)
+    declare_flags(flag)
     return parser
+
+
+def declare_flags(flag: Callable) -> None:
+    """Declare every flag once, with the commands that take it."""
+
+    def text_of(name: str, text: str) -> str:
+        """A help text with the two defaults of a flag that has another one on phantoms."""
+        return f"{text} (default: {PUBLISHED[name]}; {PHANTOM_DEFAULTS[name]} on phantoms)"
+
+    part = partial(flag, "data and output")
+    text = "folder of scans: <task>/<class>/ or <task>/Training/<class>/ below it; else phantoms"
+    part("", "--data", type=Path, help=text)
+    part("", "--out", type=Path, help="folder of this run; one below runs/ where not given")
+    text = "searched in each path below --data; its first (group) is the patient"
+    part("", "--group-pattern", type=pattern, metavar="REGEX", help=text)
+    text = "pool the publisher's own training and test parts, and split them anew by group"
+    part("", "--resplit", action="store_true", help=text)
+    part("probe", "--task", required=True, help="one of those that `data` lists, such as tumor")
+    part("data evaluate", "--task", help="one of them; else all, or the classifier's own")
+
+    part = partial(flag, "model")
+    text = "where pretrain/encoder.pt of the same data is not meant"
+    part("probe", "--encoder", type=Path, help=text)
+    part("evaluate", "--model", type=Path, required=True, help="a classifier.pt")
+    text = "encoder; resnet50 has twice the parameters and four times the features"
+    part("pretrain", "--arch", choices=tuple(simclr.ARCHITECTURES), default="resnet18", help=text)
+    text = text_of("image_size", "side of the square pictures, in pixels")
+    part("data pretrain", "--image-size", type=whole(32), help=text)
+    text = "go on although test pictures were trained on; every output then says so"
+    part("probe evaluate", "--allow-leak", action="store_true", help=text)
+
+    part = partial(flag, "optimisation")
+    text = text_of("batch_size", "slices a step; more negatives, more memory")
+    part("pretrain", "--batch-size", type=whole(2), help=text)
+    text = text_of("epochs", "passes over the pictures; 0 leaves random weights")
+    part("pretrain", "--epochs", type=whole(0), help=text)
+    text = "passes of the head over the features"
+    part("probe", "--epochs", type=whole(0), default=heads.Probing.epochs, help=text)
+    text = "learning rate at the start; halve it if the loss turns NaN"
+    part("pretrain", "--lr", type=positive, default=PUBLISHED["lr"], help=text)
+    text = "softmax scale of NT-Xent in cosine units; lower stresses the hardest negatives"
+    part("pretrain", "--temperature", type=positive, default=PUBLISHED["temperature"], help=text)
+    text = "moves first weights, order, views and dropout, never the split"
+    part("pretrain probe", "--seed", type=whole(0), default=0, help=text)
+
+    part = partial(flag, "machine", "pretrain probe evaluate")
+    text = "auto takes CUDA, then Apple's MPS, then the CPU"
+    part("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
+    text = "auto takes bf16 where the machine computes it natively; the loss stays float32"
+    part("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=text)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; status 0, or 2 for a mistake that one line on standard error explains."""
     try:
         args = build_parser().parse_args(argv)
+        for name, value in PHANTOM_DEFAULTS.items():
+            if getattr(args, name, 0) is None:
+                setattr(args, name, PUBLISHED[name] if args.data else value)
         args.run(args)
     except data.UserError as error:
         print(f"error: {error}", file=sys.stderr)

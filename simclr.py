@@ -449,6 +449,35 @@ def save(checkpoint: dict, path: Path) -> None:
         torch.save(checkpoint, file)
 
 
+def save_pretraining(
+    out: Path,
+    encoder: ResNet,
+    projection_head: ProjectionHead,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    config: dict,
+    seen: Tensor,
+) -> None:
+    """Write checkpoint.pt, the state of the training, and encoder.pt, all that using it needs.
+
+    Args:
+        epoch: the last one that was finished.
+        config: of the run; image size, mean and std are copied out of it, to be found at once.
+        seen: (n, 16) uint8, the hashes of the pictures pretrained on, so that a probe can refuse
+            a test part that holds one of them.
+    """
+    weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
+    both = {"encoder": weights, "epoch": epoch, "config": config}
+    training = {
+        "projection_head": projection_head.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    save(both | training, out / "checkpoint.pt")
+    described = {key: config[key] for key in ("arch", "image_size", "mean", "std")}
+    described |= {"feature_dim": encoder.feature_dim, "seen": seen}
+    save(both | described, out / "encoder.pt")
+
+
 def load_encoder(path: Path) -> tuple[ResNet, dict]:
     """Read encoder.pt (or classifier.pt, which holds one) into a ResNet on the CPU.
 

@@ -205,3 +205,72 @@ def test_ticks_are_round_and_enclose_the_values():
     for low, high in ((0.0, 1.0), (0.31, 0.34), (5.5, 1234.0), (2.0, 2.0), (-3.0, 4.0)):
         marks = evaluate.ticks(low, high)
         assert marks[0] <= low + 1e-9 and marks[-1] >= high - 1e-9 and 1 <= len(marks) <= 9
+
+
+# --- the leak meter ----------------------------------------------------------------------------
+
+
+def people(count: int, slices: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slices that look like their person and nothing like his diagnosis, which is drawn by lot."""
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(count), slices)
+    labels = rng.integers(0, 2, count)[groups]
+    base = rng.integers(0, 256, (count, 32, 32))[groups]
+    noisy = np.clip(base + rng.normal(0, 40, base.shape), 0, 255).astype(np.uint8)
+    return noisy, labels, groups
+
+
+def test_recognising_people_scores_by_picture_and_is_chance_by_group():
+    meter = evaluate.leak_meter(*people(60, 6))
+    assert len(meter["by picture"]) == len(meter["by group"]) == 5
+    assert np.mean(meter["by picture"]) > 0.98 and meter["recognised"][0] > 0.98
+    assert abs(np.mean(meter["by group"]) - 0.5) < 0.15
+    thumbnails, labels, groups = people(60, 6)
+    assert meter["commonest"] == [max(labels.mean(), 1 - labels.mean())]
+
+
+def test_the_meter_asks_only_for_neighbours_outside_of_the_tested_part():
+    """Each picture once, and its mirror image in grays: the nearest is its twin, where allowed."""
+    thumbnails, _, groups = people(40, 2)
+    labels = groups % 2
+    alone = evaluate.leak_meter(thumbnails, labels, np.arange(80))
+    assert np.mean(alone["by group"]) == pytest.approx(np.mean(alone["recognised"]) + 0.7, abs=0.3)
+    together = evaluate.leak_meter(thumbnails, labels, groups)
+    assert np.mean(together["by group"]) < 0.7 < np.mean(together["by picture"])
+    assert sum(alone["recognised"]) == 0
+
+
+def test_one_group_cannot_be_tested_by_group():
+    meter = evaluate.leak_meter(*people(1, 9))
+    assert meter["by group"] == [] and meter["by picture"] == [1.0] * 5
+    assert evaluate.leak_picture(meter, "one").size[0] > 100
+
+
+def test_a_sample_is_asked_where_pictures_are_many(monkeypatch):
+    monkeypatch.setattr(evaluate, "LEAK_QUERIES", 50)
+    meter = evaluate.leak_meter(*people(60, 6))
+    assert np.mean(meter["by picture"]) > 0.95
+    counted = [round(v * 50) for v in meter["by picture"]]
+    assert len(counted) == 5
+
+
+def test_the_survey_counts_what_a_person_would_count():
+    """Six pictures: 0 and 3 are one picture, 1 and 4 mirror twins, across the publisher's parts."""
+    text = evaluate.survey(
+        ("sick", "well"),
+        label=np.array([0, 0, 1, 0, 0, 1]),
+        group=np.array([0, 1, 2, 0, 1, 5]),
+        part=np.array(["test", "test", "test", "train", "train", "train"]),
+        split=np.array(["test", "test", "test", "dropped", "dropped", "train"]),
+        hash_=np.array([b"a", b"b", b"c", b"a", b"d", b"e"]),
+        row=np.array([10, 11, 12, 13, 14, 15]),
+        twins=np.array([[10, 13, 0], [11, 14, 1], [2, 15, 0]]),  # row 2 is of another task
+        meter={"by picture": [1.0], "by group": [], "recognised": [0.5], "commonest": [0.75]},
+    )
+    sick, well, both = (line.split() for line in text.splitlines()[1:4])
+    assert sick == ["sick", "4", "2", "1", "4", "0", "0", "2", "2"]
+    assert well == ["well", "2", "2", "0", "0", "1", "0", "1", "0"]
+    assert both == ["all", "6", "4", "1", "4", "1", "0", "3", "2"]
+    assert "2 of the 3 Testing pictures have a twin in Training: 1 pixel for pixel, 1 mirr" in text
+    assert "2 Training pictures share a group with one of Testing; 2 of them are left out" in text
+    assert "50.0% of the tested" in text and "1.000 by picture, n/a by group" in text

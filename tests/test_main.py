@@ -1,6 +1,7 @@
 """main.py: both commands from end to end, what they leave behind, and what they refuse."""
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -200,6 +201,173 @@ def test_the_split_is_the_same_for_every_seed(tmp_path):
         main.main(["probe", *flags, "--task", "mine", "--epochs", "1"])
         tables.append(Path("runs/probe-mine/splits.csv").read_text())
     assert tables[0] == tables[1]
+
+
+def test_data_says_what_is_there_and_its_table_can_be_checked_from_outside(tmp_path, capsys):
+    """From the files and splits.csv alone, slowly: hashes, patients, and twins across the parts."""
+    plant(tmp_path / "scans")
+    plant(tmp_path / "scans", "else", seed=5)
+    rng = np.random.default_rng(3)
+    for i, path in enumerate(sorted((tmp_path / "scans").rglob("*.png"))[::3]):
+        pixels = np.asarray(Image.open(path))
+        copy = Image.fromarray(pixels[:, ::-1] if i % 2 else pixels)
+        other = rng.choice(sorted(path.parents[1].iterdir()))  # another patient, same class
+        copy.save(other / f"copy{i}.jpg", quality=95)
+    (tmp_path / "scans" / "notes.txt").write_text("no picture")
+    (tmp_path / "scans" / "broken.png").write_bytes(b"")
+    for name in ("broken2", "broken3", "broken4", "broken5", "broken6", "broken7"):
+        (tmp_path / "scans" / f"{name}.png").write_bytes(b"")  # too many for the others
+    assert main.main(["data", "--data", "scans", "--image-size", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "7 unreadable, 1 other files" in out and "'broken3.png'" in out
+    assert "Leak meter" in out and "task mine" in out and "task else" in out
+    assert "7 of " in refused(capsys, "pretrain", "--data", "scans", "--image-size", "32")
+    for task in ("mine", "else"):
+        run = Path(f"runs/data-{task}")
+        assert {p.name for p in run.iterdir()} == {"splits.csv", "report.txt", "leak.png"}
+        rows = rows_of(run / "splits.csv")
+        thumbnails, sides = [], {}
+        for row in rows:
+            with Image.open(tmp_path / "scans" / row["path"]) as image:
+                gray = image.convert("L")
+            digest = hashlib.sha256(np.asarray(gray).tobytes()).hexdigest()
+            assert row["pixel_hash"] == digest[:32]
+            assert row["path"].split("/")[:2] == [task, row["label"]]
+            sides.setdefault(row["path"].split("/")[2], set()).add(row["split"])
+            t = np.asarray(gray.resize((32, 32), Image.Resampling.BOX)).astype(float)
+            thumbnails.append((t - t.mean()) / np.linalg.norm(t - t.mean()))
+        assert all(len(parts) == 1 for parts in sides.values())  # of a patient
+        assert {row["split"] for row in rows} == {"train", "val", "test"}
+        twins = 0
+        for i, a in enumerate(rows):
+            for j, b in enumerate(rows[:i]):
+                cosine = max(
+                    (thumbnails[i] * thumbnails[j]).sum(),
+                    (thumbnails[i] * thumbnails[j][:, ::-1]).sum(),
+                )
+                if cosine >= 0.98:
+                    twins += 1
+                    assert a["split"] == b["split"] and a["group"] == b["group"]
+        assert twins >= 4
+
+
+def test_the_split_is_the_same_in_every_command(tmp_path):
+    plant(tmp_path / "scans")
+    flags = ["--data", "scans"]
+    main.main(["data", *flags, "--out", "before"])  # at 128 pixels
+    main.main(["pretrain", *flags, "--epochs", "0", "--image-size", "32"])
+    main.main(["probe", *flags, "--task", "mine", "--epochs", "1", "--seed", "3"])
+    main.main(["data", *flags, "--task", "mine", "--out", "after"])
+    tables = [
+        Path(folder, "splits.csv").read_text()
+        for folder in ("before/mine", "runs/probe-mine", "after")
+    ]
+    assert tables[0] == tables[1] == tables[2]
+
+
+def test_a_folder_without_classes_is_described_and_nothing_is_written(tmp_path, capsys):
+    plant(tmp_path / "scans")
+    assert main.main(["data", "--data", "scans/mine/sick"]) == 0
+    assert "all of it is unlabelled" in capsys.readouterr().out
+    assert {path.name for path in Path("runs").iterdir()} == {"cache"}
+
+
+def test_a_pattern_and_resplit_shape_the_split_and_are_remembered(tmp_path, capsys):
+    for class_ in ("sick", "well"):
+        for i in range(30):
+            part = "Testing" if i > 24 else "Training"
+            path = tmp_path / "scans" / "mine" / part / class_ / f"{i // 2:02d}{class_}{i % 2}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rng = np.random.default_rng([i, class_ == "sick"])
+            Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8)).save(path)
+    flags = ["--data", "scans", "--group-pattern", r"/(\d\d)(sick|well)", "--resplit"]
+    assert main.main(["pretrain", *flags, "--epochs", "0", "--image-size", "32"]) == 0
+    following = capsys.readouterr().out.splitlines()[-1]
+    assert "--group-pattern '/(\\d\\d)(sick|well)' --resplit --task mine" in following
+    assert main.main(["probe", *flags, "--task", "mine", "--epochs", "1"]) == 0
+    config = json.loads(Path("runs/probe-mine/config.json").read_text())
+    assert config["group_pattern"] == flags[3] and config["resplit"] is True
+    rows = rows_of("runs/probe-mine/splits.csv")
+    tested = {row["path"].split("/")[1] for row in rows if row["split"] == "test"}
+    assert tested == {"Testing", "Training"} or tested == {"Training"}
+    assert "none of the 60 paths" in refused(
+        capsys, "data", "--data", "scans", "--group-pattern", "(nobody)"
+    )
+    assert "no (group)" in refused(capsys, "data", "--group-pattern", "patient")
+    assert "no regular expression" in refused(capsys, "data", "--group-pattern", "(")
+    # without the pattern the encoder's training patients stand in the test part: refused
+    whole = ("probe", "--data", "scans", "--task", "mine", "--resplit")
+    assert "--group-pattern" in refused(capsys, *whole)
+
+
+# --- evaluate ----------------------------------------------------------------------------------
+
+
+def trained(tmp_path: Path) -> list[str]:
+    plant(tmp_path / "scans", patients=12)
+    main.main(["pretrain", "--data", "scans", "--epochs", "0", "--image-size", "32"])
+    main.main(["probe", "--data", "scans", "--task", "mine", "--epochs", "2"])
+    return ["evaluate", "--model", "runs/probe-mine/classifier.pt"]
+
+
+def test_on_its_own_data_a_classifier_scores_what_its_probe_did(tmp_path, capsys):
+    """Everything it was trained on is left out with its groups; what is left is the test part."""
+    words = trained(tmp_path)
+    assert main.main([*words, "--data", "scans"]) == 0
+    ours, probes = (Path(f"runs/{run}-mine") for run in ("evaluate", "probe"))
+    assert (ours / "predictions.csv").read_text() == (probes / "predictions.csv").read_text()
+    metrics, before = (json.loads((run / "metrics.json").read_text()) for run in (ours, probes))
+    assert metrics["accuracy"] == before["accuracy"] and metrics["ci95"] == before["ci95"]
+    assert metrics["baseline"]["balanced_accuracy"] == 0.5  # always the commonest class
+    left_out = sum(row["split"] == "dropped" for row in rows_of(ours / "splits.csv"))
+    assert f"left out: {left_out} pictures" in capsys.readouterr().out
+    assert metrics["split"]["dropped_for_a_group_it_has_seen"] == left_out > 0
+
+
+def test_elsewhere_classes_are_matched_by_name_and_known_pictures_left_out(tmp_path, capsys):
+    words = trained(tmp_path)
+    plant(tmp_path / "other", seed=9)
+    known = next(r["path"] for r in rows_of("runs/probe-mine/splits.csv") if r["split"] == "train")
+    target = tmp_path / "other" / "mine" / known.split("/")[1] / "sub-9" / "known.png"
+    for name in ("known.png", "else.png"):  # a second picture of the same person
+        target.with_name(name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(7).integers(0, 256, (40, 40), dtype=np.uint8)).save(
+            target.with_name(name)
+        )
+    target.write_bytes((tmp_path / "scans" / known).read_bytes())
+    assert main.main([*words, "--data", "other"]) == 0
+    assert "left out: 2 pictures" in capsys.readouterr().out
+    dropped = [r for r in rows_of("runs/evaluate-mine/splits.csv") if r["split"] == "dropped"]
+    assert {Path(row["path"]).name for row in dropped} == {"known.png", "else.png"}
+    plant(tmp_path / "third", seed=11)
+    (tmp_path / "third/mine/sick").rename(tmp_path / "third/mine/ill")
+    error = refused(capsys, *words, "--data", "third")
+    assert "ill, well" in error and "sick, well" in error
+
+
+def test_a_classifier_is_not_scored_on_what_it_was_trained_on_unless_that_is_asked_for(
+    tmp_path, capsys
+):
+    words = trained(tmp_path)
+    train = {r["path"] for r in rows_of("runs/probe-mine/splits.csv") if r["split"] == "train"}
+    for path in (tmp_path / "scans").rglob("*.png"):
+        if str(path.relative_to(tmp_path / "scans")) not in train:
+            path.unlink()
+    error = refused(capsys, *words, "--data", "scans")
+    assert f"trained on all {len(train)} pictures" in error and sorted(train)[0] in error
+    assert main.main([*words, "--data", "scans", "--allow-leak"]) == 0
+    for name in ("config.json", "metrics.json"):
+        assert json.loads(Path(f"runs/evaluate-mine/{name}").read_text())["leaked"] is True
+    assert f"LEAKED: {len(train)} test" in Path("runs/evaluate-mine/report.txt").read_text()
+    assert "no classifier" in refused(capsys, "evaluate", "--model", "runs/pretrain/encoder.pt")
+    assert "no encoder at" in refused(capsys, "evaluate", "--model", "nowhere.pt")
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_every_help_says_what_is_held_out(command, capsys):
+    with pytest.raises(SystemExit):
+        main.main([command, "--help"])
+    assert "Held out: " in " ".join(capsys.readouterr().out.split())
 
 
 # --- refusals ----------------------------------------------------------------------------------
