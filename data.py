@@ -26,17 +26,19 @@ Departures from the paper (§3 and appendix A of 2002.05709):
 Next: simclr.py
 """
 
-import errno
 import hashlib
 import math
+import multiprocessing
 import os
 import re
+import signal
+import sys
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -53,6 +55,7 @@ CHAIN_SHARE = 0.05  # a group above this share of its task may be strangers link
 CHAIN_LEAST = 4  # unless it is as small as any patient's
 SKETCH = 128  # directions that tell most thumbnails apart, before all 1,024 pixels are compared
 MAX_UNREADABLE = (5, 0.01)  # more than five *and* more than 1 % unreadable pictures stop a run
+FEW = 64  # so few pictures are decoded before other processes have started
 CACHE_VERSION = 2  # raise it when reading, shrinking or the phantoms change: old caches are left
 
 
@@ -407,77 +410,110 @@ class Pictures:
         return pairs[(pairs[:, 0] < pairs[:, 1]) & ~np.isin(pairs[:, 1], list(self.unreadable))]
 
 
-def decode_one(read: Callable, path: str, key: bytes, kind: np.dtype) -> np.ndarray | str:
-    """Read one picture into a row of the cache, of type `kind`; or say why it cannot be read."""
-    try:
-        gray = read(path)
-        digest = np.frombuffer(hashlib.sha256(np.ascontiguousarray(gray)).digest()[:16], np.uint8)
-        square = fit_square(gray, kind["square"].shape[0])
-        return np.array((key, digest, thumbnail(gray), square), kind)
-    except Exception as error:  # a broken file can make PIL raise nearly anything
-        return f"{type(error).__name__}: {error}"
+def row_type(size: int) -> np.dtype:
+    """A row of the cache: which file, and what became of it."""
+    fields = [("key", "S16"), ("hash", "u1", 16), ("thumbnail", "u1", (THUMBNAIL, THUMBNAIL))]
+    return np.dtype([*fields, ("square", "u1", (size, size))])
 
 
-def map_rows(file: Path, kind: np.dtype) -> tuple[np.ndarray, dict[bytes, int]]:
+def map_rows(file: Path, size: int) -> tuple[np.ndarray, dict[bytes, int]]:
     """The rows of a cache file, memory-mapped (one empty row if none), and where each key is."""
+    kind = row_type(size)
     rows = np.memmap(file, kind, "r") if file.stat().st_size else np.zeros(1, kind)
     return rows, dict(zip(rows["key"].tolist(), range(len(rows)), strict=True))
 
 
+def decode_share(
+    root: Path | None, jobs: list[tuple[str, bytes]], size: int, file: Path
+) -> dict[str, str]:
+    """Decode some pictures and append their rows to the cache; here, or in a process of its own.
+
+    A row is a single write to the end of the file, for the buffer is larger than any row. So
+    processes can write side by side, and what was decoded before a crash is there after it.
+
+    Args:
+        root: the data folder; None for the phantoms.
+        jobs: (path below it, key) of each picture.
+
+    Returns:
+        {path: why} of those that cannot be read.
+    """
+    unreadable, parent = {}, multiprocessing.parent_process()  # None where we are no worker
+    if parent:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command itself
+    with open(file, "ab", buffering=1 << 24) as out, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd metadata is nobody's concern, but a picture of more
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # than 89 megapixels is out
+        for path, key in jobs:
+            if parent and not parent.is_alive():
+                break
+            try:
+                gray = read_gray(root / path) if root else draw_phantom(path)[0]
+                digest = hashlib.sha256(np.ascontiguousarray(gray)).digest()[:16]
+                arrays = thumbnail(gray).tobytes(), fit_square(gray, size).tobytes()
+            except Exception as error:  # a broken file can make PIL raise nearly anything
+                unreadable[path] = f"{type(error).__name__}: {error}"
+                continue
+            out.write(b"".join((key, digest, *arrays)))
+            out.flush()
+    return unreadable
+
+
+def run(workers: list, file: Path, size: int) -> Iterator[int]:
+    """Start processes; yield once for each row they append, until the last of them has ended."""
+    first, done, alive = file.stat().st_size, 0, True
+    for worker in workers:
+        worker.start()
+    while alive:
+        time.sleep(0.05)
+        alive = any(worker.is_alive() for worker in workers)
+        count = (file.stat().st_size - first) // row_type(size).itemsize
+        yield from range(done, count)
+        done = count
+
+
 def decode(
-    name: str,
-    paths: list[str],
-    stamps: list[str],
-    read: Callable[[str], np.ndarray],
-    image_size: int,
-    cache: Path,
-    progress: Callable[..., Iterable],
+    root: Path | None, stamps: dict[str, str], image_size: int, cache: Path, progress: Callable
 ) -> Pictures:
     """Decode the pictures that are not in the cache yet, on every core, and map them all.
 
-    The cache of a folder is one file of equal rows, a row a picture, found by a digest of its path
-    and stamp. Rows are only ever appended, each by one write: what was decoded before a crash is
-    there afterwards, and a file that changed has a new stamp and gets a new row.
+    The cache of a folder is one file of equal rows, found by a digest of a picture's path and
+    stamp. Rows are only ever appended; a file that changed has a new stamp and gets a new row.
 
     Args:
-        name: tells the caches of two data folders apart.
-        stamps: for each picture a text that changes when the file does.
-        read: path -> (H, W) uint8 gray.
+        root: the data folder; None for the phantoms.
+        stamps: for each picture, by path, a text that changes when the file does.
         progress: wraps an iterable and shows how far it is, as tqdm does.
     """
-    shapes = (("key", "S16"), ("hash", "u1", 16), ("thumbnail", "u1", (THUMBNAIL, THUMBNAIL)))
-    kind = np.dtype([*shapes, ("square", "u1", (image_size, image_size))])
-    place = hashlib.sha256(os.fsencode(f"{CACHE_VERSION} {name}")).hexdigest()[:12]
+    place = os.fsencode(f"{CACHE_VERSION} {root.resolve() if root else 'phantoms'}")
     cache.mkdir(parents=True, exist_ok=True)
-    file = cache / f"{place}-{image_size}.rows"
-    texts = [f"{path}\0{stamp}" for path, stamp in zip(paths, stamps, strict=True)]
-    digests = [hashlib.sha256(text.encode("utf8", "surrogateescape")).digest() for text in texts]
-    keys = np.array([digest[:16] for digest in digests], "S16").tolist()
-    unreadable = {}
-    with open(file, "ab", buffering=0) as out:
-        out.truncate(out.tell() // kind.itemsize * kind.itemsize)  # takes off a row cut short
-        known = map_rows(file, kind)[1]
-        todo = [i for i, key in enumerate(keys) if key not in known]
-        # Threads, not processes: PIL, zlib and hashlib let go of the interpreter lock. `closing`
-        # gives up what is queued when the loop is left by an error or Ctrl-C.
-        with (
-            warnings.catch_warnings(),
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            closing(pool.map(lambda i: decode_one(read, paths[i], keys[i], kind), todo)) as rows,
-        ):
-            warnings.simplefilter("ignore")  # odd metadata is nobody's concern, but a picture
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # > 89 megapixels is out
-            for i in progress(todo, desc="decode", unit="picture") if todo else ():
-                row = next(rows)
-                if isinstance(row, str):
-                    unreadable[i] = row
-                elif out.write(row.tobytes()) < kind.itemsize:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
-    cached, known = map_rows(file, kind)
+    file = cache / f"{hashlib.sha256(place).hexdigest()[:12]}-{image_size}.rows"
+    with open(file, "ab") as out:  # takes off a row that was cut short
+        out.truncate(out.tell() // row_type(image_size).itemsize * row_type(image_size).itemsize)
+    texts = [os.fsencode(f"{path}\0{stamp}") for path, stamp in stamps.items()]
+    # Without zeros, which numpy takes off the end of a string.
+    keys = [hashlib.sha256(text).digest()[:16].replace(b"\0", b"\1") for text in texts]
+    known = map_rows(file, image_size)[1]
+    jobs = [(path, key) for path, key in zip(stamps, keys, strict=True) if key not in known]
+    if len(jobs) >= FEW:
+        # Processes, not threads: half of the work on a small picture holds the interpreter's lock.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        shares = [
+            (root, jobs[i :: os.cpu_count()], image_size, file) for i in range(os.cpu_count())
+        ]
+        workers = [context.Process(target=decode_share, args=s, daemon=True) for s in shares]
+        rows = run(workers, file, image_size)
+        for _ in progress(rows, total=len(jobs), desc="decode", unit="picture"):
+            pass
+        known = map_rows(file, image_size)[1]
+    left = [(path, key) for path, key in jobs if key not in known]  # few, or unreadable, or new
+    unreadable = decode_share(root, left, image_size, file)
+    cached, known = map_rows(file, image_size)
     where = np.array([known.get(key, -1) for key in keys], np.int64)
     thumbnails, hashes = cached["thumbnail"][where], cached["hash"][where]
     thumbnails[where < 0] = hashes[where < 0] = 0  # of the unreadable
-    return Pictures(paths, thumbnails, hashes, unreadable, cached, where)
+    bad = {row: unreadable[path] for row, path in enumerate(stamps) if path in unreadable}
+    return Pictures(list(stamps), thumbnails, hashes, bad, cached, where)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -524,18 +560,18 @@ def twin_pairs(
     """
     if thumbnails.ndim != 3 or thumbnails.shape[1:] != (THUMBNAIL, THUMBNAIL):
         raise ValueError(f"thumbnails must be (n, 32, 32), got {thumbnails.shape}")
-    t = torch.from_numpy(np.ascontiguousarray(thumbnails)).float()
-    t -= t.mean(dim=(1, 2), keepdim=True)
-    t /= t.norm(dim=(1, 2), keepdim=True).clamp(min=1e-6)  # (n, 32, 32), unit or zero
-    # (t + mirror) / 2 is even, (t - mirror) / 2 odd, so the left half of each tells all of it;
-    # times sqrt(2), products of the halves are those of the whole.
-    left, right = (x[:, :, : THUMBNAIL // 2] * math.sqrt(0.5) for x in (t, t.flip(2)))
-    even, odd = (left + right).flatten(1), (left - right).flatten(1)  # (n, 512) each
+    # The left half of t + mirror and of t - mirror tells all of each, the right half repeats it.
+    left, right = thumbnails[:, :, : THUMBNAIL // 2], thumbnails[:, :, : THUMBNAIL // 2 - 1 : -1]
+    left, right = (torch.from_numpy(x.copy()).flatten(1).float() for x in (left, right))
+    even, odd = left + right, left.sub_(right)  # (n, 512) each
+    even -= even.mean(dim=1, keepdim=True)
+    length = torch.hypot(even.norm(dim=1), odd.norm(dim=1)).clamp(min=1e-3)[:, None]  # (n, 1)
+    even, odd = even.div_(length), odd.div_(length)  # together unit, or zero
     (short_even, rest_even), (short_odd, rest_odd) = sketch(even), sketch(odd)
     short_even = torch.column_stack([short_even, rest_even, rest_odd])  # (n, 130): s.s' + r r'
     pairs = [torch.zeros(0, 3, dtype=torch.int64)]
-    for i in range(0, len(t), block):
-        for j in range(i, len(t), block):
+    for i in range(0, len(even), block):
+        for j in range(i, len(even), block):
             bound = (short_odd[i : i + block] @ short_odd[j : j + block].T).abs_()
             bound = bound.addmm_(short_even[i : i + block], short_even[j : j + block].T)
             passed = (bound > threshold - 1e-4).nonzero() + torch.tensor([i, j])
@@ -654,22 +690,6 @@ class Task:
         """
         chosen = self.split == name
         return self.rows[chosen], self.labels[chosen], self.groups[chosen]
-
-    def check(self) -> None:
-        """See that every class has pictures to train on and others to test with.
-
-        Raises:
-            UserError: one has not; its pictures are all one group, or the publisher left it so.
-        """
-        for label, class_ in enumerate(self.classes):
-            for part in ("train", "test"):
-                if not (self.labels[self.split == part] == label).any():
-                    n = len(np.unique(self.groups[self.labels == label]))
-                    raise UserError(
-                        f"class {class_!r} of task {self.name} has {n} group(s), and none for the "
-                        f"{part} part; add pictures of other patients, or take the class out: one "
-                        "patient's pictures are never split, that would test on what was trained on"
-                    )
 
 
 def allot(groups: int, test: float, val: float) -> tuple[int, int]:
@@ -816,8 +836,8 @@ class Head:
     """A slice being drawn: whose it is, where each pixel lies in the head, the gray values so far.
 
     u runs to the viewer's right, v down, r from 0 in the middle to 1 on the scalp; each is
-    (128, 128) in units of the head's half length. `person` draws what belongs to the patient and is
-    the same in all his slices, `moment` what belongs to the slice.
+    (128, 128). `person` draws what belongs to the patient and is the same in all his slices,
+    `moment` what belongs to the slice. `atrophy` is 0 in health, 1 when severe.
     """
 
     def __init__(self, path: str) -> None:
@@ -827,21 +847,20 @@ class Head:
         self.moment = moment = np.random.default_rng(zlib.crc32(path.encode()))
         height = (int(slice_) + 0.5) / PHANTOM_SLICES * 2 - 1
         self.level = height + moment.normal(0, 0.08)  # -1 low in the head, 1 high
+        self.atrophy = max(0.0, person.normal(self.stage / 3 * (self.task == "alzheimer"), 0.12))
         self.tissues = person.normal(1, 0.08, 5) * PHANTOM_TISSUES[self.task]
         tilt = person.normal(0, 0.10) + moment.normal(0, 0.02)  # radians
         shift = person.normal(0, 0.04, 2) + moment.normal(0, 0.01, 2)
         scale = person.uniform(0.72, 0.94) * (1 - 0.05 * self.level**2)
         self.y, self.x = np.mgrid[-1 : 1 : PHANTOM_SIZE * 1j, -1 : 1 : PHANTOM_SIZE * 1j]
         place = (self.x - shift[0] + 1j * (self.y - shift[1])) * np.exp(-1j * tilt) / scale
-        self.u, self.v = place.real, place.imag
-        self.a, self.b = person.uniform(0.74, 0.88), person.uniform(0.92, 1.04)  # half axes
-        self.angle = np.arctan2(self.v / self.b, self.u / self.a)
+        self.u = place.real / person.uniform(0.74, 0.88)
+        self.v = place.imag / person.uniform(0.92, 1.04)
+        self.angle = np.arctan2(self.v, self.u)
         swing, start = person.normal(0, 0.015, 3), person.uniform(0, 2 * np.pi, 3)
         bumps = swing @ np.cos(np.arange(2, 5)[:, None] * self.angle.ravel() + start[:, None])
-        self.r = np.hypot(self.u / self.a, self.v / self.b) * (1 + bumps.reshape(self.u.shape))
+        self.r = np.hypot(self.u, self.v) * (1 + bumps.reshape(self.u.shape))
         self.gray, self.lesion = np.zeros_like(self.r), np.zeros(self.r.shape, bool)
-        expected = self.stage / 3 if self.task == "alzheimer" else 0
-        self.atrophy = max(0.0, expected + person.normal(0, 0.12))  # 0 healthy, 1 severe
 
     def ellipse(self, cu: float, cv: float, ru: float, rv: float, turn: float = 0) -> np.ndarray:
         """Signed depth inside an ellipse: positive inside, 0 on the rim, in units of r."""
@@ -935,9 +954,9 @@ def draw_lesions(head: Head) -> None:
     value, soft = white_matter + bright * person.uniform(0.6, 1.0), 0.05 if bright < 0 else 0.015
     for _ in range(person.integers(*count)):
         where, far = person.uniform(-1.3, 1.3), person.uniform(*distances)
-        cu, cv = person.choice([-1, 1]) * far * math.cos(where) * head.a, far * math.sin(where)
+        cu, cv = person.choice([-1, 1]) * far * math.cos(where), far * math.sin(where)
         radius, turn = person.uniform(*radii) * near, person.uniform(-1, 1)
-        mass = head.ellipse(cu, cv * head.b, radius, radius * person.uniform(1, 1.4), turn)
+        mass = head.ellipse(cu, cv, radius, radius * person.uniform(1, 1.4), turn)
         if head.class_ == "glioma":  # ragged, and the brain around it is swollen
             mass += 0.03 * np.sin(9 * head.u + person.uniform(0, 6.3)) * np.sin(11 * head.v)
             swollen = np.minimum(mass + 0.5 * radius, inside)
@@ -1011,36 +1030,11 @@ class Collection:
         """
         return np.isin(self.pictures.names(), seen.view("S16")[:, 0])
 
-    def as_test(self, task: Task, seen: np.ndarray) -> Task:
-        """The task as one test part for a classifier from elsewhere.
-
-        Args:
-            seen: (m, 16) uint8, what the classifier was trained on. These pictures are dropped with
-                their groups; so is what the task drops anyway.
-        """
-        known = np.isin(task.groups, self.groups[self.was_seen(seen)])
-        split = np.where(known | (task.split == "dropped"), "dropped", "test")
-        notes = {
-            "rule": "everything the classifier has not seen",
-            "dropped_for_a_group_it_has_seen": int(known.sum()),
-            "dropped_paths": [self.pictures.paths[r] for r in task.rows[split == "dropped"]],
-        }
-        return replace(task, split=split, notes=notes)
-
     def fingerprint(self) -> str:
         """A digest of every path and every pixel: two runs with equal ones saw the same data."""
         digest = hashlib.sha256("\n".join(self.pictures.paths).encode("utf8", "surrogateescape"))
         digest.update(np.ascontiguousarray(self.pictures.hashes))
         return digest.hexdigest()
-
-
-Listing = tuple[str, list[str], list[str], Callable[[str], np.ndarray], int]
-
-
-def list_phantoms() -> Listing:
-    """The phantoms as `decode` takes them: name, paths, stamps, reader; and no other files."""
-    paths = phantom_paths()
-    return "phantoms", paths, [""] * len(paths), lambda p: draw_phantom(p)[0], 0
 
 
 def stamp(path: Path) -> str:
@@ -1052,8 +1046,8 @@ def stamp(path: Path) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
-def list_folder(root: Path) -> Listing:
-    """A folder's pictures as `decode` takes them, and the count of its other files.
+def list_folder(root: Path) -> tuple[dict[str, str], int]:
+    """A folder's pictures, each with its stamp, and the count of its other files.
 
     Raises:
         UserError: no such folder, or no pictures in it.
@@ -1066,8 +1060,7 @@ def list_folder(root: Path) -> Listing:
             f"no pictures below {root} ({others} other files); expected "
             f"{root}/<task>/<class>/*.png, or loose pictures for pretraining alone"
         )
-    stamps = [stamp(root / path) for path in paths]
-    return str(root.resolve()), paths, stamps, lambda path: read_gray(root / path), others
+    return {path: stamp(root / path) for path in paths}, others
 
 
 def load(
@@ -1091,9 +1084,9 @@ def load(
     Raises:
         UserError: no such folder, no pictures in it, or a pattern that matches none.
     """
-    name, paths, stamps, read, others = list_folder(root) if root else list_phantoms()
-    pictures = decode(name, paths, stamps, read, image_size, cache, progress)
-    sources = find_sources(paths, Path(name).name)
+    stamps, others = list_folder(root) if root else (dict.fromkeys(phantom_paths(), ""), 0)
+    pictures, paths = decode(root, stamps, image_size, cache, progress), list(stamps)
+    sources = find_sources(paths, root.resolve().name if root else "")
     twins = np.concatenate([twin_pairs(pictures.thumbnails), pictures.copies()])
     joined = np.concatenate([twins[:, :2], patient_pairs(paths, sources, pattern)])
     groups = connected(len(paths), joined)

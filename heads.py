@@ -16,7 +16,7 @@ Next: main.py
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -260,34 +260,55 @@ def fit_probes(
     return fits
 
 
-def part_unseen(
+def check_split(task: data.Task) -> None:
+    """See that every class has pictures to train on and others to test with.
+
+    Raises:
+        UserError: one has not; its pictures are all one group, or the publisher left it so.
+    """
+    for label, class_ in enumerate(task.classes):
+        for part in ("train", "test"):
+            if not (task.labels[task.split == part] == label).any():
+                n = len(np.unique(task.groups[task.labels == label]))
+                raise data.UserError(
+                    f"class {class_!r} of task {task.name} has {n} group(s), and none for the "
+                    f"{part} part; add pictures of other patients, or take the class out: one "
+                    "patient's pictures are never split, that would test on what was trained on"
+                )
+
+
+def unseen_part(
     collection: data.Collection, task: data.Task, seen: np.ndarray, allowed: bool
 ) -> tuple[data.Task, list[str]]:
     """A task as one test part, for a classifier that may have been trained on some of it.
 
     Args:
-        seen: (m, 16) uint8, what the classifier's checkpoint remembers.
+        seen: (m, 16) uint8, what the classifier's checkpoint remembers. These pictures are dropped
+            with their groups; so is what the task drops anyway.
         allowed: --allow-leak was given: what it has seen is tested all the same.
 
     Returns:
-        (the task, what was seen dropped; the paths of what was seen and is tested all the same)
+        (the task with its new split; the paths of what was seen and is tested all the same)
 
     Raises:
         UserError: nothing is left.
     """
-    honest = collection.as_test(task, seen)
-    rows = honest.part("test")[0]
-    if allowed:
-        task = collection.as_test(task, seen[:0])
-        leaked = np.setdiff1d(task.part("test")[0], rows)
-        return task, [collection.pictures.paths[row] for row in leaked]
-    if not len(rows):
+    known = np.isin(task.groups, collection.groups[collection.was_seen(seen)])
+    dropped = (task.split == "dropped") | (known & (not allowed))
+    paths = [collection.pictures.paths[row] for row in task.rows]
+    if dropped.all():
         raise data.UserError(
-            f"the classifier was trained on all {len(task.rows)} pictures of {task.name} or others "
-            f"of their groups, the first is {collection.pictures.paths[task.rows[0]]!r}; give "
-            "pictures from elsewhere, or --allow-leak for a figure not to be believed"
+            f"the classifier was trained on all {len(paths)} pictures of {task.name} or others of "
+            f"their groups, the first is {paths[0]!r}; give pictures from elsewhere, or "
+            "--allow-leak for a figure not to be believed"
         )
-    return honest, []
+    notes = {
+        "rule": "everything the classifier has not seen",
+        "dropped_for_a_group_it_has_seen": int((known & dropped).sum()),
+        "dropped_paths": [path for path, out in zip(paths, dropped, strict=True) if out],
+    }
+    leaked = [path for path, out in zip(paths, known & ~dropped, strict=True) if out]
+    return replace(task, split=np.where(dropped, "dropped", "test"), notes=notes), leaked
 
 
 def load_classifier(path: Path) -> tuple[simclr.ResNet, CosineMLP, dict]:

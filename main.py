@@ -232,7 +232,7 @@ def survey(args: argparse.Namespace) -> None:
         clash = task.notes["dropped_for_a_twin_with_another_label"]
         report += f"{clash:,} pictures are left out: a twin has another label.\n" if clash else ""
         try:
-            task.check()
+            heads.check_split(task)
         except data.UserError as error:
             report += f"It cannot be probed or fine-tuned: {error}\n"
         print(report, end="")
@@ -357,7 +357,7 @@ def probe(args: argparse.Namespace) -> None:
     encoder, checkpoint = simclr.load_encoder(path)
     collection = load_data(args, checkpoint["image_size"])
     task, pictures = collection.task(args.task), collection.pictures
-    task.check()
+    heads.check_split(task)
     leaked = heads.refuse_leak(collection, task, checkpoint["seen"].numpy(), args.allow_leak)
     settings = heads.Probing(epochs=args.epochs, seed=args.seed)
     values = {"task": task.name, "encoder": str(path.resolve()), "leaked": bool(leaked)}
@@ -401,7 +401,7 @@ def score(args: argparse.Namespace) -> None:
     name = args.task or checkpoint["task"]
     out, machine = run_folder(args, f"evaluate-{name}"), choose_machine(args)
     collection = load_data(args, checkpoint["image_size"])
-    task, leaked = heads.part_unseen(
+    task, leaked = heads.unseen_part(
         collection, collection.task(name), checkpoint["seen"].numpy(), args.allow_leak
     )
     left_out = task.notes["dropped_for_a_group_it_has_seen"]

@@ -5,6 +5,9 @@ import io
 import os
 import re
 import struct
+import subprocess
+import sys
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 from PIL import Image
 
 import data
+import heads
 
 
 def head(seed: int, size: int = 96) -> np.ndarray:
@@ -346,33 +350,26 @@ def test_a_jpegs_luma_is_what_pil_makes_of_its_colours(tmp_path):
     assert np.median(difference) <= 1  # the rest are colours outside of RGB, which PIL clips
 
 
-@pytest.fixture
-def decoded(monkeypatch):
-    """The names of the pictures that were decoded, as they are."""
-    names, read_gray = [], data.read_gray
-
-    def listen(path):
-        names.append(Path(path).name)
-        return read_gray(path)
-
-    monkeypatch.setattr(data, "read_gray", listen)
-    return names
+def cached(tmp_path: Path) -> np.ndarray:
+    """The rows of the one cache file there is, as they are on disk."""
+    (file,) = (tmp_path / "cache").iterdir()
+    return np.fromfile(file, data.row_type(32))
 
 
-def test_the_cache_is_used_again_and_only_what_changed_is_decoded(tmp_path, decoded):
+def test_the_cache_is_used_again_and_only_what_changed_is_decoded(tmp_path):
     root = tmp_path / "scans"
     for i in range(4):
         save(root / f"{i}.png", head(i))
-    first = read(root, tmp_path).pictures
-    assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]
-    decoded.clear()
+    first = read(root, tmp_path).pictures.squares(np.arange(4)).copy()
+    before = cached(tmp_path)
+    assert len(before) == 4
     again = read(root, tmp_path).pictures
-    assert not decoded and np.array_equal(again.squares(np.arange(4)), first.squares(np.arange(4)))
+    assert len(cached(tmp_path)) == 4 and np.array_equal(again.squares(np.arange(4)), first)
     save(root / "1.png", head(9, 80))
     (root / "2.png").unlink()
     save(root / "0a.png", head(8))
     second = read(root, tmp_path).pictures
-    assert sorted(decoded) == ["0a.png", "1.png"]
+    assert np.array_equal(cached(tmp_path)[:4], before) and len(cached(tmp_path)) == 6
     for row, seed in enumerate((0, 8, 9, 3)):  # 0.png, 0a.png, 1.png, 3.png
         gray = head(seed, 80 if seed == 9 else 96)
         assert np.array_equal(second.squares(np.array([row]))[0], data.fit_square(gray, 32))
@@ -380,28 +377,51 @@ def test_the_cache_is_used_again_and_only_what_changed_is_decoded(tmp_path, deco
         assert second.hashes[row].tobytes() == hashlib.sha256(gray.tobytes()).digest()[:16]
 
 
-def test_an_interrupted_decode_goes_on_where_it_stopped(tmp_path, decoded):
+def test_a_killed_decode_goes_on_where_it_stopped(tmp_path):
+    """A real process on the phantoms, killed with SIGKILL; then a write that was torn besides."""
+    code = "import data, pathlib; data.load(None, 32, pathlib.Path('cache'))"
+    env = os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)}
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env)
+    cache, size = tmp_path / "cache", data.row_type(32).itemsize
+    while not any(file.stat().st_size > 100 * size for file in cache.glob("*.rows")):
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    time.sleep(0.5)  # the workers notice that they are alone
+    before = cached(tmp_path)
+    time.sleep(0.5)
+    assert 100 <= len(before) == len(cached(tmp_path)) < len(data.phantom_paths())
+    (file,) = cache.iterdir()
+    with open(file, "ab") as torn:
+        torn.write(b"\1" * (size - 1))
+    collection = data.load(None, 32, cache)
+    after = cached(tmp_path)
+    assert np.array_equal(after[: len(before)], before)
+    assert len(after) == len(set(after["key"].tolist())) == len(data.phantom_paths())
+    rows = np.array([7, 1500, len(after) - 1])
+    for row, square in zip(rows, collection.pictures.squares(rows), strict=True):
+        image, _ = data.draw_phantom(collection.pictures.paths[row])
+        assert np.array_equal(square, data.fit_square(image, 32))
+
+
+def test_one_process_and_several_decode_the_same(tmp_path, monkeypatch):
     root = tmp_path / "scans"
-    for i in range(40):
-        save(root / f"{i:02d}.png", head(i))
+    for i in range(80):
+        save(root / f"{i}.png", head(i))
+    (root / "z.png").write_bytes(b"")
+    seen = []
 
-    def stop_after_ten(items, **_):
-        for count, item in enumerate(items):
-            if count == 10:
-                raise KeyboardInterrupt
-            yield item
+    def bar(items, **_):
+        yield from map(seen.append, items)
 
-    with pytest.raises(KeyboardInterrupt):
-        data.load(root, 32, tmp_path / "cache", stop_after_ten)
-    (file,) = (tmp_path / "cache").iterdir()
-    with open(file, "ab") as cut_short:  # and the last write was torn
-        cut_short.write(b"\1" * 999)
-    decoded.clear()
-    pictures = read(root, tmp_path).pictures
-    assert sorted(decoded) == [f"{i:02d}.png" for i in range(10, 40)]
-    whole = data.load(root, 32, tmp_path / "fresh").pictures
-    assert np.array_equal(pictures.squares(np.arange(40)), whole.squares(np.arange(40)))
-    assert np.array_equal(pictures.hashes, whole.hashes)
+    many = data.load(root, 32, tmp_path / "many", bar).pictures
+    assert seen == list(range(80))  # the bar moved once for each
+    monkeypatch.setattr(data, "FEW", 1000)
+    one = data.load(root, 32, tmp_path / "one").pictures
+    assert np.array_equal(many.squares(np.arange(80)), one.squares(np.arange(80)))
+    assert np.array_equal(many.hashes, one.hashes) and many.unreadable == one.unreadable
+    assert len(many.unreadable) == 1
 
 
 def test_pixel_hash_is_sha256_of_the_gray_pixels(tmp_path):
@@ -844,7 +864,7 @@ def test_a_class_of_one_patient_is_an_error_not_a_split_by_picture(tmp_path):
         save(root / "mine/sick/sub-01" / f"{i}.png", head(i))
         save(root / "mine/well" / f"sub-{i}" / "1.png", head(20 + i))
     with pytest.raises(data.UserError, match="'sick' of task mine has 1 group"):
-        read(root, tmp_path).task("mine").check()
+        heads.check_split(read(root, tmp_path).task("mine"))
 
 
 def test_missing_and_empty_folders_and_unknown_tasks_are_one_clear_line(tmp_path):
