@@ -185,7 +185,7 @@ def list_pictures(root: Path) -> tuple[list[str], int]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         # macOS leaves a hidden ._name.jpg beside name.jpg, which is none.
         shown = [os.path.join(folder, name) for name in files if not name.startswith(".")]
         pictures = [path for path in shown if is_picture(path)]
@@ -498,9 +498,8 @@ def decode(
     if len(jobs) >= FEW:
         # Processes, not threads: half of the work on a small picture holds the interpreter's lock.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        shares = [
-            (root, jobs[i :: os.cpu_count()], image_size, file) for i in range(os.cpu_count())
-        ]
+        cores = os.cpu_count() or 1
+        shares = [(root, jobs[i::cores], image_size, file) for i in range(cores)]
         workers = [context.Process(target=decode_share, args=s, daemon=True) for s in shares]
         rows = run(workers, file, image_size)
         for _ in progress(rows, total=len(jobs), desc="decode", unit="picture"):
@@ -544,7 +543,8 @@ def twin_pairs(
 
     Two matrix products, made block by block, compare all pairs; and they need not be long ones.
     With s the sketch of a vector and r the length it leaves over, v.v' <= s.s' + r r' (Cauchy and
-    Schwarz), so only the pairs that pass in the sketches are compared in full. None is missed.
+    Schwarz), so only the pairs that pass in the sketches are compared in full. None is missed, and
+    a pair is decided in whole numbers: the same on every machine.
 
     Args:
         thumbnails: (n, 32, 32) uint8.
@@ -561,8 +561,8 @@ def twin_pairs(
     if thumbnails.ndim != 3 or thumbnails.shape[1:] != (THUMBNAIL, THUMBNAIL):
         raise ValueError(f"thumbnails must be (n, 32, 32), got {thumbnails.shape}")
     # The left half of t + mirror and of t - mirror tells all of each, the right half repeats it.
-    left, right = thumbnails[:, :, : THUMBNAIL // 2], thumbnails[:, :, : THUMBNAIL // 2 - 1 : -1]
-    left, right = (torch.from_numpy(x.copy()).flatten(1).float() for x in (left, right))
+    t, half = torch.from_numpy(np.ascontiguousarray(thumbnails)), THUMBNAIL // 2
+    left, right = t[:, :, :half].flatten(1).float(), t[:, :, half:].flip(2).flatten(1).float()
     even, odd = left + right, left.sub_(right)  # (n, 512) each
     even -= even.mean(dim=1, keepdim=True)
     length = torch.hypot(even.norm(dim=1), odd.norm(dim=1)).clamp(min=1e-3)[:, None]  # (n, 1)
@@ -575,10 +575,14 @@ def twin_pairs(
             bound = (short_odd[i : i + block] @ short_odd[j : j + block].T).abs_()
             bound = bound.addmm_(short_even[i : i + block], short_even[j : j + block].T)
             passed = (bound > threshold - 1e-4).nonzero() + torch.tensor([i, j])
-            for some in passed[passed[:, 0] < passed[:, 1]].split(1 << 14):
-                e, o = ((x[some[:, 0]] * x[some[:, 1]]).sum(dim=1) for x in (even, odd))
-                found = torch.column_stack([some, e + o < threshold])  # (m, 3)
-                pairs.append(found[e + o.abs() >= threshold])
+            for some in passed[passed[:, 0] < passed[:, 1]].split(1 << 12):
+                a, b = (t[some[:, k]].double() for k in (0, 1))  # (m, 32, 32)
+                # Whole numbers, whose sums are exact in any order: no machine decides otherwise.
+                a, b = (x * THUMBNAIL**2 - x.sum(dim=(1, 2), keepdim=True) for x in (a, b))
+                straight, mirror = (a * b).sum(dim=(1, 2)), (a * b.flip(2)).sum(dim=(1, 2))
+                least = threshold * ((a * a).sum(dim=(1, 2)) * (b * b).sum(dim=(1, 2))).sqrt()
+                found = torch.column_stack([some, straight < least])  # (m, 3)
+                pairs.append(found[torch.maximum(straight, mirror) >= least])
     return torch.cat(pairs).numpy()
 
 
@@ -845,8 +849,8 @@ class Head:
         self.stage = KNOWN_TASKS[self.task].classes.index(self.class_)  # 0 = the first class
         self.person = person = np.random.default_rng(zlib.crc32(os.path.dirname(path).encode()))
         self.moment = moment = np.random.default_rng(zlib.crc32(path.encode()))
-        height = (int(slice_) + 0.5) / PHANTOM_SLICES * 2 - 1
-        self.level = height + moment.normal(0, 0.08)  # -1 low in the head, 1 high
+        # The slice's height: -1 low in the head, 1 high.
+        self.level = (int(slice_) + 0.5) / PHANTOM_SLICES * 2 - 1 + moment.normal(0, 0.08)
         self.atrophy = max(0.0, person.normal(self.stage / 3 * (self.task == "alzheimer"), 0.12))
         self.tissues = person.normal(1, 0.08, 5) * PHANTOM_TISSUES[self.task]
         tilt = person.normal(0, 0.10) + moment.normal(0, 0.02)  # radians

@@ -504,13 +504,13 @@ def build_parser() -> Parser:
     return parser
 
 
+def text_of(name: str, text: str) -> str:
+    """A help text with the two defaults of a flag that has another one on phantoms."""
+    return f"{text} (default: {PUBLISHED[name]}; {PHANTOM_DEFAULTS[name]} on phantoms)"
+
+
 def declare_flags(flag: Callable) -> None:
     """Declare every flag once, with the commands that take it."""
-
-    def text_of(name: str, text: str) -> str:
-        """A help text with the two defaults of a flag that has another one on phantoms."""
-        return f"{text} (default: {PUBLISHED[name]}; {PHANTOM_DEFAULTS[name]} on phantoms)"
-
     part = partial(flag, "data and output")
     text = "folder of scans: <task>/<class>/ or <task>/Training/<class>/ below it; else phantoms"
     part("", "--data", type=Path, help=text)

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -414,6 +415,22 @@ def test_mistakes_are_one_line_that_says_what_to_do(tmp_path, capsys):
     flat = ("probe", "--data", "one", "--task", "one")
     encoder = ("--encoder", "runs/phantoms/pretrain/encoder.pt")
     assert "two or more class folders" in refused(capsys, *flat, *encoder)
+
+
+def test_a_class_of_one_patient_is_refused_and_never_split_by_picture(tmp_path, capsys):
+    plant(tmp_path / "scans")
+    for path in sorted((tmp_path / "scans/mine/sick").iterdir())[1:]:
+        shutil.rmtree(path)
+    for i in range(5):
+        target = next((tmp_path / "scans/mine/sick").iterdir()) / f"more{i}.png"
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 40), dtype=np.uint8)
+        Image.fromarray(pixels).save(target)
+    flags = ["--data", "scans"]
+    assert main.main(["data", *flags]) == 0
+    assert "cannot be probed or fine-tuned: class 'sick'" in capsys.readouterr().out
+    main.main(["pretrain", *flags, "--epochs", "0", "--image-size", "32"])
+    assert "are never split" in refused(capsys, "probe", *flags, "--task", "mine")
+    assert not Path("runs/probe-mine").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is missing")
