@@ -25,6 +25,7 @@ Next: heads.py
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -331,43 +332,40 @@ def leak_meter(
     return meter | ({"by group": []} if len(first) < 2 else {})
 
 
-def survey(
-    classes: Sequence[str],
-    label: np.ndarray,
-    group: np.ndarray,
-    part: np.ndarray,
-    split: np.ndarray,
-    hash_: np.ndarray,
-    row: np.ndarray,
-    twins: np.ndarray,
-    meter: dict[str, list[float]],
-) -> str:
+class Columns(NamedTuple):
+    """What is known of the N pictures of a task; a survey counts it."""
+
+    label: np.ndarray  # (N,) int64 in [0, K)
+    group: np.ndarray  # (N,) int64
+    part: np.ndarray  # (N,) str: the publisher's train, val, test, or ''
+    split: np.ndarray  # (N,) str: ours, or dropped
+    pixels: np.ndarray  # (N,) equal where the pixels are
+    row: np.ndarray  # (N,) int64 in the whole folder
+
+
+def survey(classes: Sequence[str], task: Columns, twins: np.ndarray, meter: dict) -> str:
     """A task as a table, and in the sentences a person needs: what leaks, and what that is worth.
 
     Args:
         classes: K names.
-        label, group: (N,) int, of the task's pictures.
-        part, split: (N,) str, where the publisher put a picture ('' = nowhere), and where we do.
-        hash_: (N,) equal where the pixels are.
-        row: (N,) int64, the pictures' rows in the whole folder.
-        twins: (m, 3) int64, rows of two twins, and 1 where only their mirror is one.
+        twins: (m, 3) int64, the rows of two twins, and 1 where only their mirror is one.
         meter: as `leak_meter` returns it.
     """
-    N, copy = len(label), np.ones(len(label), bool)  # (N,) bool, True = its pixels came before
-    copy[np.unique(hash_, return_index=True)[1]] = False
-    place = np.full(max(twins[:, :2].max(initial=0), row.max()) + 1, -1)
-    place[row] = np.arange(N)
+    N, copy = len(task.row), np.ones(len(task.row), bool)  # (N,) bool, True = seen before
+    copy[np.unique(task.pixels, return_index=True)[1]] = False
+    place = np.full(max(twins[:, :2].max(initial=0), task.row.max()) + 1, -1)
+    place[task.row] = np.arange(N)
     twins = np.column_stack([place[twins[:, :2]], twins[:, 2]])  # -1 = of another task
     twins = twins[twins.min(axis=1) >= 0]
     has_twin = np.isin(np.arange(N), twins[:, :2])
     header = ("class", "pictures", "groups", "duplicates", "with a twin", *PARTS)
     lines = ["".join(f"{name:>12}" for name in header)]
     for k, name in (*enumerate(classes), (None, "all")):
-        of = np.ones(N, bool) if k is None else label == k
-        counts = [of.sum(), len(np.unique(group[of])), copy[of].sum(), has_twin[of].sum()]
-        counts += [(split[of] == name).sum() for name in PARTS]
+        of = np.ones(N, bool) if k is None else task.label == k
+        counts = [of.sum(), len(np.unique(task.group[of])), copy[of].sum(), has_twin[of].sum()]
+        counts += [(task.split[of] == name).sum() for name in PARTS]
         lines.append(f"{name[:12]:>12}" + "".join(f"{count:12,}" for count in counts))
-    lines += publishers_leak(group, part, split, hash_, twins)
+    lines += publishers_leak(task, twins)
     means = {name: f"{np.mean(v):.3f}" if v else "n/a" for name, v in meter.items()}
     lines += [
         f"Split by picture, {meter['recognised'][0]:.1%} of the tested pictures would have one of "
@@ -379,15 +377,13 @@ def survey(
     return "\n".join(lines) + "\n"
 
 
-def publishers_leak(
-    group: np.ndarray, part: np.ndarray, split: np.ndarray, hash_: np.ndarray, twins: np.ndarray
-) -> list[str]:
+def publishers_leak(task: Columns, twins: np.ndarray) -> list[str]:
     """The sentence about twins between a publisher's Training and Testing; [] where he made none.
 
     Args:
-        group, part, split, hash_: (N,), as in `survey`.
-        twins: (m, 3), as in `survey`, but numbers of rows here.
+        twins: (m, 3) int64, as in `survey`, but with places in the task for rows.
     """
+    part, pixels = task.part, task.pixels
     ends = part[twins[:, :2]]  # (m, 2)
     across = twins[(ends == "test").any(axis=1) & (ends == "train").any(axis=1)]
     if not (part == "test").any():
@@ -395,10 +391,10 @@ def publishers_leak(
     swapped = part[across[:, 0]] == "train"
     tested = np.where(swapped, across[:, 1], across[:, 0])
     trained = np.where(swapped, across[:, 0], across[:, 1])
-    same = np.unique(tested[hash_[tested] == hash_[trained]])
+    same = np.unique(tested[pixels[tested] == pixels[trained]])
     found, straight = np.unique(tested), np.unique(tested[across[:, 2] == 0])
-    sharing = (part == "train") & np.isin(group, group[part == "test"])  # (N,) bool
-    left_out = (sharing & (split == "dropped")).sum()
+    sharing = (part == "train") & np.isin(task.group, task.group[part == "test"])  # (N,) bool
+    left_out = (sharing & (task.split == "dropped")).sum()
     return [
         f"As published, {len(found):,} of the {(part == 'test').sum():,} Testing pictures have a "
         f"twin in Training: {len(same):,} pixel for pixel, {len(found) - len(straight):,} mirrored."

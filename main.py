@@ -225,10 +225,15 @@ def survey(args: argparse.Namespace) -> None:
     pictures = collection.pictures
     for name in [args.task] if args.task else sorted(collection.tasks):
         task = collection.task(name)
+        if not len(task.rows):
+            continue  # none of its pictures can be read
         meter = evaluate.leak_meter(pictures.thumbnails[task.rows], task.labels, task.groups)
         report = f"\ntask {name}, split: {task.notes['rule']}\n"
-        columns = (task.labels, task.groups, task.parts, task.split, pictures.names()[task.rows])
-        report += evaluate.survey(task.classes, *columns, task.rows, collection.twins, meter)
+        pixels = pictures.names()[task.rows]
+        columns = evaluate.Columns(
+            task.labels, task.groups, task.parts, task.split, pixels, task.rows
+        )
+        report += evaluate.survey(task.classes, columns, collection.twins, meter)
         clash = task.notes["dropped_for_a_twin_with_another_label"]
         report += f"{clash:,} pictures are left out: a twin has another label.\n" if clash else ""
         try:

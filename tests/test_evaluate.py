@@ -258,12 +258,14 @@ def test_the_survey_counts_what_a_person_would_count():
     """Six pictures: 0 and 3 are one picture, 1 and 4 mirror twins, across the publisher's parts."""
     text = evaluate.survey(
         ("sick", "well"),
-        label=np.array([0, 0, 1, 0, 0, 1]),
-        group=np.array([0, 1, 2, 0, 1, 5]),
-        part=np.array(["test", "test", "test", "train", "train", "train"]),
-        split=np.array(["test", "test", "test", "dropped", "dropped", "train"]),
-        hash_=np.array([b"a", b"b", b"c", b"a", b"d", b"e"]),
-        row=np.array([10, 11, 12, 13, 14, 15]),
+        evaluate.Columns(
+            label=np.array([0, 0, 1, 0, 0, 1]),
+            group=np.array([0, 1, 2, 0, 1, 5]),
+            part=np.array(["test", "test", "test", "train", "train", "train"]),
+            split=np.array(["test", "test", "test", "dropped", "dropped", "train"]),
+            pixels=np.array([b"a", b"b", b"c", b"a", b"d", b"e"]),
+            row=np.array([10, 11, 12, 13, 14, 15]),
+        ),
         twins=np.array([[10, 13, 0], [11, 14, 1], [2, 15, 0]]),  # row 2 is of another task
         meter={"by picture": [1.0], "by group": [], "recognised": [0.5], "commonest": [0.75]},
     )
