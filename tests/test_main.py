@@ -392,6 +392,22 @@ def test_a_leaked_test_part_is_refused_and_with_allow_leak_marked_everywhere(tmp
     assert ((red[..., 0] - red[..., 1] > 120) & (red[..., 2] < 100)).any()  # the caption
 
 
+def test_one_slice_of_a_tested_patient_makes_all_of_his_slices_leaked(tmp_path, capsys):
+    plant(tmp_path / "scans", patients=20)
+    main.main(["data", "--data", "scans", "--task", "mine", "--image-size", "32"])
+    rows = [row for row in rows_of("runs/data-mine/splits.csv") if row["split"] == "test"]
+    groups = [row["group"] for row in rows]
+    several = next(row for row in rows if groups.count(row["group"]) > 1)
+    plant(tmp_path / "flat", "all", seed=4)
+    target = tmp_path / "flat" / "all" / "sick" / "one.png"
+    target.write_bytes((tmp_path / "scans" / several["path"]).read_bytes())
+    for path in (tmp_path / "flat" / "all" / "well").rglob("*.png"):
+        path.rename(tmp_path / "flat" / "all" / "sick" / f"{path.parent.name}-{path.name}")
+    main.main(["pretrain", "--data", "flat", "--epochs", "0", "--image-size", "32"])
+    error = refused(capsys, "probe", "--data", "scans", "--task", "mine")
+    assert f"on {groups.count(several['group'])} of the {len(rows)} test pictures" in error
+
+
 def test_mistakes_are_one_line_that_says_what_to_do(tmp_path, capsys):
     assert "main.py pretrain" in refused(capsys, "probe", "--task", "tumor")
     assert "not a folder" in refused(capsys, "pretrain", "--data", "nowhere")
