@@ -40,6 +40,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from re import Pattern
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -135,15 +136,15 @@ KNOWN_TASKS = {
     "tumor": KnownTask(("glioma", "meningioma", "notumor", "pituitary"), {"no": "notumor"}),
     # "58 (1).jpg" is slice 1 of patient 58, and the numbers begin anew in each class folder.
     "stroke": KnownTask(("normal", "stroke"), {}, r"^([^/]+/\d+) \(\d+\)\.\w+$"),
-    "alzheimer": KnownTask(("non", "very_mild", "mild", "moderate")),
+    "alzheimer": KnownTask(("non", "very_mild", "mild", "moderate"), {"verymild": "very_mild"}),
     "parkinson": KnownTask(("normal", "parkinson")),
     "ms": KnownTask(("no-lesion", "lesion"), {"no_lesion": "no-lesion"}),
 }
-# What publishers append to a class: glioma_tumor, Mild_Demented, "Very mild Dementia".
-CLASS_ENDING = re.compile(r"_(tumor|demented|dementia)$")
+# What publishers append to a class: glioma_tumor, MildDemented, "Very mild Dementia".
+CLASS_ENDING = re.compile(r"_?(tumor|demented|dementia)$")
 # What names a person in any source. The last, p0012, is a folder of the phantoms.
 PATIENT = re.compile(
-    r"(?:^|[/_ ])(patient[-_ ]?\d+|sub-(?=[a-z]*\d)[a-z0-9]+|oas1_\d+|p\d{4}(?=/))", re.IGNORECASE
+    r"(?:^|[/_ -])(patient[-_ ]?\d+|sub-(?=[a-z]*\d)[a-z0-9]+|oas1_\d+|p\d{4}(?=/))", re.IGNORECASE
 )
 VISIT = re.compile(r"(ses-\w+|anat|dwi|func|perf)$")  # folders below a person, as BIDS has them
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -177,14 +178,12 @@ def list_pictures(root: Path) -> tuple[list[str], int]:
         (paths below root with forward slashes, sorted; the count of other files)
     """
     closed: list[str] = []
-    found, others, seen = [], 0, set()
+    found, others = [], 0
     walk = os.walk(root, onerror=lambda error: closed.append(error.filename), followlinks=True)
     for folder, folders, files in walk:
-        real = os.path.realpath(folder)
-        if real in seen:  # a link to a folder above itself would be walked for ever
-            folders.clear()
+        if os.path.realpath(folder) in map(os.path.realpath, Path(folder).parents):
+            folders.clear()  # a link to a folder above itself would be walked for ever
             continue
-        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         # macOS leaves a hidden ._name.jpg beside name.jpg, which is none.
         shown = [os.path.join(folder, name) for name in files if not name.startswith(".")]
@@ -203,27 +202,31 @@ class Source(NamedTuple):
     rows: list[tuple[int, str, str, str]]  # (picture, class, publisher's part or '', "class/file")
 
 
-def plain_folders(path: str) -> tuple[tuple[str, ...], str]:
+def plain_folders(path: str, pattern: Pattern | None) -> tuple[tuple[str, ...], str]:
     """The folders of a path that can name a task or a class, and the publisher's part in it.
 
-    Folders that name a part, a patient or a visit may stand anywhere between: they are taken out.
+    Folders that name a part, a patient or a visit may stand anywhere between: they are taken out;
+    so are those that `pattern` knows for a patient's.
 
-    >>> plain_folders("tumor/Training/glioma/sub-01/1.png")
+    >>> plain_folders("tumor/Training/glioma/sub-01/1.png", None)
     (('tumor', 'glioma'), 'train')
     """
+    own = pattern.search(path) if pattern else None
+    whose = (own[1], own[0].strip("/")) if own else ()
     folders, part = [], ""
     for name in path.split("/")[:-1]:
         part = PARTS.get(name.lower(), part)
-        if name.lower() not in PARTS and not PATIENT.match(name + "/") and not VISIT.match(name):
-            folders.append(name)
+        known = name in whose or PATIENT.match(name + "/") or VISIT.match(name)
+        folders += [] if known or name.lower() in PARTS else [name]
     return tuple(folders), part
 
 
 def spell(names: Iterable[str], known: KnownTask) -> dict[str, str]:
     """Each folder's name as a class of a known task: lower case, its usual endings taken off."""
     plain = {name: re.sub(r"[ _-]+", "_", name.strip().lower()) for name in names}
-    plain = {name: CLASS_ENDING.sub("", text) for name, text in plain.items()}
-    return {name: known.aliases.get(text, text) for name, text in plain.items()}
+    short = {name: CLASS_ENDING.sub("", text) for name, text in plain.items()}
+    short = {name: known.aliases.get(text, text) for name, text in short.items()}
+    return {n: text if text in known.classes else plain[n] for n, text in short.items()}
 
 
 def name_task(folder: tuple[str, ...], root_name: str, names: set[str]) -> str:
@@ -240,7 +243,7 @@ def name_task(folder: tuple[str, ...], root_name: str, names: set[str]) -> str:
     return called[-1] if called else (*folder, root_name)[0]
 
 
-def find_sources(paths: list[str], root_name: str) -> list[Source]:
+def find_sources(paths: list[str], root_name: str, pattern: Pattern | None) -> list[Source]:
     """Read a tree of folders as tasks and classes.
 
     Two or more folders side by side are classes, unless classes stand side by side in one of
@@ -249,12 +252,13 @@ def find_sources(paths: list[str], root_name: str) -> list[Source]:
     Args:
         paths: pictures below the data folder, with forward slashes.
         root_name: the data folder's own name, for a task that is the data folder itself.
+        pattern: as in `patient_pairs`; a folder that it knows for a patient's is no class.
 
     Returns:
         The sources; a picture in none of them is unlabelled.
     """
     tree: dict[tuple[str, ...], dict[str, list[int]]] = {}  # folder -> name in it -> rows below
-    plain = [plain_folders(path) for path in paths]
+    plain = [plain_folders(path, pattern) for path in paths]
     for row, (folders, _) in enumerate(plain):
         for depth, name in enumerate(folders):
             tree.setdefault(folders[:depth], {}).setdefault(name, []).append(row)
@@ -274,10 +278,9 @@ def find_sources(paths: list[str], root_name: str) -> list[Source]:
         task = name_task(folder, root_name, set(names))
         known = KNOWN_TASKS.get(task, KnownTask(()))
         spelling = spell(names, known) if known.classes else {name: name for name in names}
+        file = os.path.basename
         rows = [
-            (r, spelling[name], plain[r][1], f"{name}/{paths[r].split('/')[-1]}")
-            for name in names
-            for r in kids[name]
+            (r, spelling[n], plain[r][1], f"{n}/{file(paths[r])}") for n in names for r in kids[n]
         ]
         found = set(spelling.values())
         if len(found) < 2:  # one class in two spellings
@@ -621,14 +624,13 @@ def near_duplicate_groups(thumbnails: np.ndarray, threshold: float = TWIN_COSINE
     return connected(len(thumbnails), twin_pairs(thumbnails, threshold))
 
 
-def patient_pairs(
-    paths: list[str], sources: list[Source], pattern: re.Pattern | None = None
-) -> np.ndarray:
+def patient_pairs(paths: list[str], sources: list[Source], pattern: Pattern | None) -> np.ndarray:
     """Join the pictures that folder names or file names give to one patient.
 
-    An id counts within its source folder: patient 7 of one hospital is not patient 7 of another.
-    An OASIS number means the same person wherever it stands. Unlabelled pictures belong to the
-    source they lie in or, in none, to the topmost folder above them.
+    An id counts within its source folder, the one that holds the class folders: patient 7 of one
+    hospital is not patient 7 of another. An OASIS number, or an id that `pattern` finds, means the
+    same person wherever it stands. Unlabelled pictures belong to the source they lie in or, in
+    none, to the topmost folder above them. Patient-07, patient_7 and patient7 are one.
 
     Args:
         paths: below the data folder, with forward slashes.
@@ -649,19 +651,20 @@ def patient_pairs(
             f"paths, such as {paths[0]!r}; mend it, or leave it out"
         )
     for row, path in enumerate(paths):
-        folders, _ = plain_folders(path)
-        inside = "/".join((*folders, ""))
+        inside = "/".join((*plain_folders(path, pattern)[0], ""))
         around = [s.folder for s in sources if inside.startswith(f"{s.folder}/".lstrip("/"))]
-        place, name, known = max(around, key=len, default=folders[0] if folders else ""), "", ""
+        place, name, known = max(around, key=len, default=inside.split("/")[0]), "", ""
         if row in source_of:
             source, name = source_of[row]
             place, known = source.folder, KNOWN_TASKS.get(source.task, KnownTask(())).patient
         asked = ((pattern, path), (PATIENT, path), (known, name))
-        found = [match for ask, text in asked if ask and (match := re.search(ask, text))]
-        patient = next((match[1].lower() for match in found if match[1]), None)
-        if patient:
-            place = "" if patient.startswith("oas1_") else place
-            pairs.append((first.setdefault((place, patient), row), row))
+        found = [
+            match for ask, text in asked if ask and (match := re.search(ask, text)) and match[1]
+        ]
+        if found:
+            patient = re.sub(r"[-_ ]|(?<!\d)0+(?=\d)", "", found[0][1].lower())
+            everywhere = found[0].re is pattern or patient.startswith("oas1")
+            pairs.append((first.setdefault(("" if everywhere else place, patient), row), row))
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 
@@ -781,6 +784,10 @@ def make_task(
     label_of[rows] = labels
     a, b = label_of[twins[:, 0]], label_of[twins[:, 1]]
     clash = np.isin(rows, twins[(a >= 0) & (b >= 0) & (a != b), :2])
+    _, same = np.unique(pictures.names()[rows], return_inverse=True)
+    given = np.zeros((len(rows), len(classes)), bool)  # labels of the same pixels; of one colour
+    given[same, labels] = True
+    clash |= given[same].sum(axis=1) > 1
     keys = np.array([pictures.hashes[row].tobytes().hex().encode() for row in rows])
     kept = np.full_like(parts, "") if resplit else parts
     split = split_by_group(labels, groups[rows], kept, keys, clash)
@@ -981,6 +988,7 @@ class Collection:
 
     pictures: Pictures
     twins: np.ndarray  # (m, 3) int64, as `twin_pairs` gives them, exact copies included
+    patients: np.ndarray  # (m, 2) int64, as `patient_pairs` gives them
     groups: np.ndarray  # (n,) int64
     tasks: dict[str, Task]
     other_files: int
@@ -988,8 +996,8 @@ class Collection:
     def pretraining_rows(self) -> np.ndarray:
         """(m,) int64: every picture but those whose group is in a val or test part of any task.
 
-        What a task dropped stays out too. This is what keeps an encoder from having seen, without
-        its label, the very picture (or patient) it is later tested on.
+        The pictures that a task dropped stay out too. This is what keeps an encoder from having
+        seen, without its label, the very picture (or patient) it is later tested on.
         """
         out = np.zeros(len(self.pictures.paths), bool)
         for task in self.tasks.values():
@@ -1008,18 +1016,17 @@ class Collection:
         if name not in self.tasks:
             found = ", ".join(sorted(self.tasks)) or "none"
             raise UserError(
-                f"no task {name!r} here; found: {found}; known: {', '.join(KNOWN_TASKS)}; a task "
-                "is a folder that holds two or more class folders, each with pictures"
+                f"no task {name!r} here; found: {found}; a task is a folder that holds two or more "
+                "class folders, each with pictures"
             )
         return self.tasks[name]
 
     def split_table(self, task: Task) -> list[tuple]:
         """splits.csv, header first: path, label, group, split, pixel_hash (hexadecimal)."""
         paths, hashes = self.pictures.paths, self.pictures.hashes
-        columns = zip(task.rows, task.labels, task.groups, task.split, strict=True)
+        lines = zip(task.rows, task.labels, task.groups, task.split, strict=True)
         rows = [
-            (paths[r], task.classes[k], g, part, hashes[r].tobytes().hex())
-            for r, k, g, part in columns
+            (paths[r], task.classes[k], g, p, hashes[r].tobytes().hex()) for r, k, g, p in lines
         ]
         return [("path", "label", "group", "split", "pixel_hash"), *rows]
 
@@ -1047,7 +1054,7 @@ def stamp(path: Path) -> str:
         found = path.stat()
     except OSError:  # a link to nowhere, a folder that may not be opened
         return ""
-    return f"{found.st_size} {found.st_mtime_ns}"
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"  # the last: two names swapped
 
 
 def list_folder(root: Path) -> tuple[dict[str, str], int]:
@@ -1072,7 +1079,7 @@ def load(
     image_size: int,
     cache: Path,
     progress: Callable[..., Iterable] = lambda items, **_: items,
-    pattern: re.Pattern | None = None,
+    pattern: Pattern | None = None,
     resplit: bool = False,
 ) -> Collection:
     """Read a data folder, or the phantoms, into one Collection. Every command starts here.
@@ -1090,15 +1097,15 @@ def load(
     """
     stamps, others = list_folder(root) if root else (dict.fromkeys(phantom_paths(), ""), 0)
     pictures, paths = decode(root, stamps, image_size, cache, progress), list(stamps)
-    sources = find_sources(paths, root.resolve().name if root else "")
+    sources = find_sources(paths, root.resolve().name if root else "", pattern)
     twins = np.concatenate([twin_pairs(pictures.thumbnails), pictures.copies()])
-    joined = np.concatenate([twins[:, :2], patient_pairs(paths, sources, pattern)])
-    groups = connected(len(paths), joined)
+    patients = patient_pairs(paths, sources, pattern)
+    groups = connected(len(paths), np.concatenate([twins[:, :2], patients]))
     tasks = {
         name: make_task([s for s in sources if s.task == name], pictures, groups, twins, resplit)
         for name in sorted({s.task for s in sources})
     }
-    return Collection(pictures, twins, groups, tasks, others)
+    return Collection(pictures, twins, patients, groups, tasks, others)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1187,24 +1194,20 @@ def draw_views(V: int, generator: torch.Generator) -> ViewParameters:
     area = between(0, *CROP_AREA)
     ratio = between(1, math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])).exp()
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    shift_x, shift_y = (between(column, -SHIFT, SHIFT) for column in (6, 7))
+    affine = affine_matrix(shift_x, shift_y, between(8, *SCALE), between(9, -SHEAR, SHEAR))
     jitter, blur = u[:, 10] < JITTER_CHANCE, u[:, 11] < BLUR_CHANCE  # (V,) bool, True = do it
+    # The chance of a blur leaves its number uniform in [0, BLUR_CHANCE): rescaled, it is sigma.
+    sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[:, 11] / BLUR_CHANCE  # (V,)
     return ViewParameters(
         # Right to left: an output pixel is carried back through affine, rotation, flip and crop.
         matrix=crop_matrix(u[:, 2] * (1 - width), u[:, 3] * (1 - height), width, height)
         @ flip_matrix(u[:, 4] < 0.5)  # left-right only: heads are never scanned upside down
         @ rotation_matrix(between(5, -ROTATION, ROTATION))
-        @ affine_matrix(
-            between(6, -SHIFT, SHIFT),
-            between(7, -SHIFT, SHIFT),
-            between(8, *SCALE),
-            between(9, -SHEAR, SHEAR),
-        ),
+        @ affine,
         brightness=torch.where(jitter, between(12, 1 - BRIGHTNESS, 1 + BRIGHTNESS), 1.0),
         contrast=torch.where(jitter, between(13, 1 - CONTRAST, 1 + CONTRAST), 1.0),
-        # The chance of a blur leaves its number uniform in [0, BLUR_CHANCE): rescaled, it is sigma.
-        sigma=torch.where(
-            blur, BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[:, 11] / BLUR_CHANCE, 0.0
-        ),
+        sigma=torch.where(blur, sigma, 0.0),
     )
 
 

@@ -274,7 +274,7 @@ class TestPart:
         return {"n_groups": len(np.unique(self.groups)), **metrics, "ci95": intervals}
 
     def shares(self) -> np.ndarray:
-        """(N, K) what knows the classes' shares and nothing of the pictures would answer."""
+        """(N, K) what knows the classes' shares here, and nothing of the pictures, would answer."""
         shares = np.bincount(self.labels, minlength=len(self.classes)) / len(self.labels)
         return np.tile(shares, (len(self.labels), 1))
 
@@ -290,8 +290,8 @@ def leak_meter(
     """What a classifier that has learnt nothing scores by recognising whom it has seen.
 
     It answers with the label of the nearest neighbour, by cosine on 32x32 pixels. A picture of the
-    same head is nearer than any other with the same disease; so where training holds one, it
-    answers rightly without knowing what the disease looks like. The pictures are dealt to five
+    same head is mostly nearer than any other with the same disease; so where training holds one, it
+    is right without knowing what the disease looks like. The pictures are dealt to five
     parts, each tested once against the other four; first picture by picture, then group by group.
 
     Args:
@@ -358,13 +358,14 @@ def survey(classes: Sequence[str], task: Columns, twins: np.ndarray, meter: dict
     twins = np.column_stack([place[twins[:, :2]], twins[:, 2]])  # -1 = of another task
     twins = twins[twins.min(axis=1) >= 0]
     has_twin = np.isin(np.arange(N), twins[:, :2])
-    header = ("class", "pictures", "groups", "duplicates", "with a twin", *PARTS)
+    header = ("class", "pictures", "groups", "duplicates", "have twins", *PARTS)
     lines = ["".join(f"{name:>12}" for name in header)]
     for k, name in (*enumerate(classes), (None, "all")):
         of = np.ones(N, bool) if k is None else task.label == k
         counts = [of.sum(), len(np.unique(task.group[of])), copy[of].sum(), has_twin[of].sum()]
         counts += [(task.split[of] == name).sum() for name in PARTS]
-        lines.append(f"{name[:12]:>12}" + "".join(f"{count:12,}" for count in counts))
+        name = name if len(name) <= 12 else name[:11] + "…"
+        lines.append(f"{name:>12}" + "".join(f"{count:12,}" for count in counts))
     lines += publishers_leak(task, twins)
     means = {name: f"{np.mean(v):.3f}" if v else "n/a" for name, v in meter.items()}
     lines += [
@@ -378,7 +379,7 @@ def survey(classes: Sequence[str], task: Columns, twins: np.ndarray, meter: dict
 
 
 def publishers_leak(task: Columns, twins: np.ndarray) -> list[str]:
-    """The sentence about twins between a publisher's Training and Testing; [] where he made none.
+    """The sentence about twins between a publisher's Training and Testing; [] without Testing.
 
     Args:
         twins: (m, 3) int64, as in `survey`, but with places in the task for rows.
@@ -386,8 +387,9 @@ def publishers_leak(task: Columns, twins: np.ndarray) -> list[str]:
     part, pixels = task.part, task.pixels
     ends = part[twins[:, :2]]  # (m, 2)
     across = twins[(ends == "test").any(axis=1) & (ends == "train").any(axis=1)]
-    if not (part == "test").any():
-        return []
+    if not len(across):
+        none = "As published, no Testing picture has a twin in Training."
+        return [none] if (part == "test").any() else []
     swapped = part[across[:, 0]] == "train"
     tested = np.where(swapped, across[:, 1], across[:, 0])
     trained = np.where(swapped, across[:, 0], across[:, 1])
@@ -635,7 +637,8 @@ def result_files(
         results: by name, `TestPart.measure`; the first is what was asked for, the others its
             baselines: one that has learnt nothing and, for a probe, raw pixels.
         split: how the split was made, in plain types.
-        caption: `leak_caption`; it goes into every file but the predictions.
+        caption: `leak_caption`; it goes into the report and the picture, and as "leaked" into the
+            metrics.
     """
     measured, *baselines = results.values()
     metrics = {"task": test.task, "classes": list(test.classes), **measured}
@@ -650,7 +653,7 @@ def result_files(
         (path, group, test.classes[label], test.classes[p.argmax()], *(f"{x:.9g}" for x in p))
         for path, group, label, p in zip(test.paths, test.groups, test.labels, probs, strict=True)
     ]
-    title = f"{test.task}, test part: accuracy {metrics['accuracy']:.3f}"
+    title = f"{test.task}: accuracy {metrics['accuracy']:.3f} on {metrics['n']:,} pictures"
     picture = confusion_picture(metrics["confusion_matrix"], test.classes, title, caption)
     return {
         "metrics.json": metrics | {"split": split, "leaked": bool(caption)},

@@ -212,7 +212,7 @@ def representations(
 def refuse_leak(
     collection: data.Collection, task: data.Task, seen: np.ndarray, allowed: bool
 ) -> list[str]:
-    """The test pictures whose group the encoder was pretrained on, if that is allowed.
+    """The test pictures whose group the encoder was pretrained on.
 
     Args:
         seen: (n, 16) uint8, what the encoder's checkpoint remembers.
@@ -264,7 +264,7 @@ def check_split(task: data.Task) -> None:
     """See that every class has pictures to train on and others to test with.
 
     Raises:
-        UserError: one has not; its pictures are all one group, or the publisher left it so.
+        UserError: one has not.
     """
     for label, class_ in enumerate(task.classes):
         for part in ("train", "test"):
@@ -272,8 +272,8 @@ def check_split(task: data.Task) -> None:
                 n = len(np.unique(task.groups[task.labels == label]))
                 raise data.UserError(
                     f"class {class_!r} of task {task.name} has {n} group(s), and none for the "
-                    f"{part} part; add pictures of other patients, or take the class out: one "
-                    "patient's pictures are never split, that would test on what was trained on"
+                    f"{part} part; one patient's pictures are never split, that would test on what "
+                    "was trained on: add other patients' pictures, or take the class out"
                 )
 
 
@@ -284,7 +284,8 @@ def unseen_part(
 
     Args:
         seen: (m, 16) uint8, what the classifier's checkpoint remembers. These pictures are dropped
-            with their groups; so is what the task drops anyway.
+            with their groups; so is what the task drops anyway: twins with another label, and
+            those of a publisher's test picture, which would count twice.
         allowed: --allow-leak was given: what it has seen is tested all the same.
 
     Returns:
@@ -293,21 +294,24 @@ def unseen_part(
     Raises:
         UserError: nothing is left.
     """
-    known = np.isin(task.groups, collection.groups[collection.was_seen(seen)])
-    dropped = (task.split == "dropped") | (known & (not allowed))
+    before = task.split == "dropped"
+    known = np.isin(task.groups, collection.groups[collection.was_seen(seen)]) & ~before
+    dropped = before | (known & (not allowed))  # (n,) bool
     paths = [collection.pictures.paths[row] for row in task.rows]
     if dropped.all():
         raise data.UserError(
-            f"the classifier was trained on all {len(paths)} pictures of {task.name} or others of "
-            f"their groups, the first is {paths[0]!r}; give pictures from elsewhere, or "
-            "--allow-leak for a figure not to be believed"
+            f"no picture of {task.name} is left to test: the classifier was trained on "
+            f"{known.sum()} of {len(paths)} or on others of their groups, {before.sum()} more are "
+            f"dropped, the first is {paths[0] if paths else None!r}; give pictures from elsewhere, "
+            "or --allow-leak for a figure not to be believed"
         )
     notes = {
         "rule": "everything the classifier has not seen",
-        "dropped_for_a_group_it_has_seen": int((known & dropped).sum()),
+        "dropped_for_a_group_it_has_seen": 0 if allowed else int(known.sum()),
+        "dropped_by_the_split": int(before.sum()),
         "dropped_paths": [path for path, out in zip(paths, dropped, strict=True) if out],
     }
-    leaked = [path for path, out in zip(paths, known & ~dropped, strict=True) if out]
+    leaked = [path for path, out in zip(paths, known & allowed, strict=True) if out]
     return replace(task, split=np.where(dropped, "dropped", "test"), notes=notes), leaked
 
 
@@ -317,6 +321,8 @@ def load_classifier(path: Path) -> tuple[simclr.ResNet, CosineMLP, dict]:
     Raises:
         UserError: the file is missing, or is no classifier.
     """
+    if not path.is_file():
+        raise data.UserError(f"no classifier at {path}; make one with: python main.py probe")
     encoder, checkpoint = simclr.load_encoder(path)
     if checkpoint.get("head_type") != "cosine_mlp":
         raise data.UserError(

@@ -80,8 +80,9 @@ def run_folder(args: argparse.Namespace, name: str) -> Path:
         UserError: it is a file, or lies inside the data, where its pictures would be read as scans.
     """
     out = args.out or base_folder(args) / name
-    if out.exists() and not out.is_dir():
-        raise data.UserError(f"{out} is a file; --out takes a folder")
+    for folder in (out, *out.parents):
+        if folder.exists() and not folder.is_dir():
+            raise data.UserError(f"{folder} is a file, and results go into a folder")
     for folder in (out, RUNS):
         if args.data and folder.resolve().is_relative_to(args.data.resolve()):
             raise data.UserError(
@@ -96,16 +97,16 @@ def base_folder(args: argparse.Namespace) -> Path:
     return RUNS if args.data else RUNS / "phantoms"
 
 
-def load_data(args: argparse.Namespace, image_size: int, survey: bool = False) -> data.Collection:
+def load_data(args: argparse.Namespace, image_size: int) -> data.Collection:
     """Read --data or the phantoms; say what is there, what cannot be read, and what is suspect.
 
     Args:
         image_size: of the encoder, in pixels; the split does not depend on it.
-        survey: the tasks are reported elsewhere, and no number of unreadable pictures is too many.
 
     Raises:
-        UserError: the data cannot be read, or too many of its pictures.
+        UserError: the data cannot be read, or too many of its pictures (`data` shows them all).
     """
+    training = args.command in ("pretrain", "probe")
     progress, how = partial(tqdm, leave=False), (args.group_pattern, args.resplit)
     collection = data.load(args.data, image_size, RUNS / "cache", progress, *how)
     paths, groups = collection.pictures.paths, len(np.unique(collection.groups))
@@ -116,14 +117,14 @@ def load_data(args: argparse.Namespace, image_size: int, survey: bool = False) -
     for row, why in bad.items():
         print(f"  left out, unreadable: {paths[row]!r} ({why})")
     least, share = data.MAX_UNREADABLE
-    if len(bad) > max(least, share * len(paths)) and not survey:
+    if len(bad) > max(least, share * len(paths)) and args.command != "data":
         raise data.UserError(
             f"{len(bad)} of {len(paths)} pictures below {where} cannot be read, the first is "
             f"{paths[min(bad)]!r} ({bad[min(bad)]}); replace or remove them"
         )
     for task in collection.tasks.values():
         counts = ", ".join(f"{(task.split == part).sum():,} {part}" for part in evaluate.PARTS)
-        if not survey:
+        if training:
             print(f"  task {task.name} ({', '.join(task.classes)}): {counts}")
         if task.notes["largest_group_is_suspect"]:
             print(
@@ -201,7 +202,7 @@ def print_written(out: Path, command: list[str]) -> None:
         out: the run's folder.
         command: the next command's words after main.py; none = say nothing.
     """
-    print(f"wrote {out}/: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    print(f"in {out}/ now: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if command:
         print("next:", shlex.join(["python", "main.py", *command]))
 
@@ -221,33 +222,36 @@ def test_part(collection: data.Collection, task: data.Task) -> evaluate.TestPart
 def survey(args: argparse.Namespace) -> None:
     """Show what is there, what belongs together, how it splits, and what leaks would score."""
     run_folder(args, "")
-    collection = load_data(args, args.image_size, survey=True)
+    collection = load_data(args, args.image_size)
     pictures = collection.pictures
     for name in [args.task] if args.task else sorted(collection.tasks):
         task = collection.task(name)
         if not len(task.rows):
-            continue  # none of its pictures can be read
+            print(f"\ntask {name}: none of its pictures can be read")
+            continue
+        known = np.isin(task.rows, collection.patients[:, 1]).sum()
         meter = evaluate.leak_meter(pictures.thumbnails[task.rows], task.labels, task.groups)
         report = f"\ntask {name}, split: {task.notes['rule']}\n"
-        pixels = pictures.names()[task.rows]
-        columns = evaluate.Columns(
-            task.labels, task.groups, task.parts, task.split, pixels, task.rows
-        )
+        known_of = (task.labels, task.groups, task.parts, task.split, pictures.names()[task.rows])
+        columns = evaluate.Columns(*known_of, task.rows)
         report += evaluate.survey(task.classes, columns, collection.twins, meter)
+        hint = "." if known else "; --group-pattern says how names tell him."
+        report += f"The patient is known of {known:,} of {len(task.rows):,} pictures{hint}\n"
         clash = task.notes["dropped_for_a_twin_with_another_label"]
         report += f"{clash:,} pictures are left out: a twin has another label.\n" if clash else ""
         try:
             heads.check_split(task)
         except data.UserError as error:
-            report += f"It cannot be probed or fine-tuned: {error}\n"
+            report += f"It cannot be probed: {error}\n"
         print(report, end="")
         out = run_folder(args, f"data-{name}") / ("" if args.task or not args.out else name)
         files = {"splits.csv": collection.split_table(task), "report.txt": report.lstrip()}
         title = f"{name}: the nearest neighbour on 32x32 pixels"
         write(out, files | {"leak.png": evaluate.leak_picture(meter, title)})
         print_written(out, [])
-    if not collection.tasks:
-        print("no task is here, that is no class folders side by side: all of it is unlabelled")
+    labelled = sum(len(task.rows) for task in collection.tasks.values())
+    loose = len(pictures.paths) - len(pictures.unreadable) - labelled
+    print(f"\n{loose:,} readable pictures are of no task: not in class folders side by side")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -302,13 +306,8 @@ def pretraining_settings(
         raise data.UserError(f"{n} pictures are left to pretrain on; contrasting takes at least 2")
     if args.batch_size > n:
         print(f"  the batch shrinks from {args.batch_size} to the {n} pictures there are")
-    return simclr.Pretraining(
-        epochs=args.epochs,
-        batch_size=min(args.batch_size, n),
-        lr=args.lr,
-        temperature=args.temperature,
-        seed=args.seed,
-    )
+    values = {name: getattr(args, name) for name in ("epochs", "lr", "temperature", "seed")}
+    return simclr.Pretraining(batch_size=min(args.batch_size, n), **values)
 
 
 def show_step(bar: tqdm, batch_size: int, step: int, sums: Tensor) -> None:
@@ -392,7 +391,8 @@ def probe(args: argparse.Namespace) -> None:
     print(files["report.txt"], end="")
     later = [name for name in sorted(collection.tasks) if name > task.name]
     flags = data_flags(args) + (["--encoder", str(args.encoder)] if args.encoder else [])
-    print_written(out, ["probe", *flags, "--task", later[0]] if later else [])
+    following = ["evaluate", *data_flags(args), "--model", str(out / "classifier.pt")]
+    print_written(out, ["probe", *flags, "--task", later[0]] if later else following)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -410,7 +410,8 @@ def score(args: argparse.Namespace) -> None:
         collection, collection.task(name), checkpoint["seen"].numpy(), args.allow_leak
     )
     left_out = task.notes["dropped_for_a_group_it_has_seen"]
-    print(f"  left out: {left_out:,} pictures of groups that {args.model} was trained on")
+    dropped = task.notes["dropped_by_the_split"]
+    print(f"  left out: {left_out:,} pictures of groups that it was trained on, {dropped:,} twins")
     test, caption = test_part(collection, task), evaluate.leak_caption(leaked)
     images = collection.pictures.squares(task.part("test")[0])
     probs = heads.classify(encoder, head, checkpoint, images, task.classes, *machine[:2])
@@ -443,7 +444,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Prints the default behind each flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def whole(low: int) -> Callable[[str], int]:
@@ -477,7 +478,7 @@ def pattern(text: str) -> re.Pattern:
 
 
 COMMANDS = {  # what runs, and what it holds out
-    "data": (survey, "nothing is trained; the table says what the others hold out."),
+    "data": (survey, "nothing, it trains nothing; its table shows val, test and dropped."),
     "pretrain": (pretrain, "the val and test groups of every task below --data."),
     "probe": (probe, "the test part, opened once; the val part chooses the epoch."),
     "evaluate": (score, "all groups that the classifier was trained on; the rest is scored."),
@@ -525,10 +526,11 @@ def declare_flags(flag: Callable) -> None:
     text = "pool the publisher's own training and test parts, and split them anew by group"
     part("", "--resplit", action="store_true", help=text)
     part("probe", "--task", required=True, help="one of those that `data` lists, such as tumor")
-    part("data evaluate", "--task", help="one of them; else all, or the classifier's own")
+    part("data", "--task", help="only this one; all that are there where not given")
+    part("evaluate", "--task", help="the classifier's own where not given")
 
     part = partial(flag, "model")
-    text = "where pretrain/encoder.pt of the same data is not meant"
+    text = "an encoder.pt; that of `pretrain` on the same kind of data where not given"
     part("probe", "--encoder", type=Path, help=text)
     part("evaluate", "--model", type=Path, required=True, help="a classifier.pt")
     text = "encoder; resnet50 has twice the parameters and four times the features"
@@ -570,6 +572,9 @@ def main(argv: list[str] | None = None) -> int:
     except data.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

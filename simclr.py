@@ -467,6 +467,11 @@ def save_pretraining(
             a test part that holds one of them.
     """
     weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise data.UserError(
+            f"the weights are no finite numbers after epoch {epoch}; what was written before is as "
+            "it was; start again with a lower --lr"
+        )
     both = {"encoder": weights, "epoch": epoch, "config": config}
     training = {
         "projection_head": projection_head.state_dict(),

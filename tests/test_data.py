@@ -436,7 +436,7 @@ def test_pixel_hash_is_sha256_of_the_gray_pixels(tmp_path):
 
 
 def tasks_of(*paths: str, root_name: str = "scans") -> dict[str, tuple[str, ...]]:
-    return {s.task: s.classes for s in data.find_sources(list(paths), root_name)}
+    return {s.task: s.classes for s in data.find_sources(list(paths), root_name, None)}
 
 
 def test_class_folders_below_a_task_folder_and_below_the_data_folder_itself():
@@ -445,6 +445,11 @@ def test_class_folders_below_a_task_folder_and_below_the_data_folder_itself():
     }
     assert tasks_of("Tumor/no/1.png", "Tumor/yes/1.png") == {"tumor": ("notumor", "yes")}
     assert tasks_of("tumor/no/1.png", "tumor/no_tumor/1.png") == {}
+    falah = ("MildDemented", "ModerateDemented", "NonDemented", "VeryMildDemented")
+    assert tasks_of(*(f"x/{name}/1.png" for name in falah)) == {
+        "alzheimer": ("non", "very_mild", "mild", "moderate")
+    }
+    assert tasks_of("x/tumor_demented/1.png", "x/y/1.png") == {"x": ("tumor_demented", "y")}
     assert tasks_of("sick/1.png", "well/1.png") == {"scans": ("sick", "well")}
     assert tasks_of("Normal/1.png", "Stroke/1.png") == {"stroke": ("normal", "stroke")}
 
@@ -457,7 +462,7 @@ def test_known_classes_have_their_spelling_and_their_order():
 
 def test_publishers_parts_stand_between_task_and_class():
     paths = [f"tumor/{p}/{c}/1.jpg" for p in ("Training", "Testing") for c in ("glioma", "notumor")]
-    (source,) = data.find_sources(paths, "scans")
+    (source,) = data.find_sources(paths, "scans", None)
     assert source.classes == ("glioma", "notumor")
     assert {(name, part) for _, name, part, _ in source.rows} == {
         (c, p) for c in ("glioma", "notumor") for p in ("train", "test")
@@ -475,7 +480,7 @@ def test_single_folders_and_loose_pictures_are_unlabelled():
 
 def test_sources_pool_when_their_classes_are_the_same_and_else_stay_apart():
     same = [f"tumor/{s}/{c}/1.png" for s in ("x", "y") for c in data.KNOWN_TASKS["tumor"].classes]
-    assert len(data.find_sources(same, "scans")) == 2 and set(tasks_of(*same)) == {"tumor"}
+    assert len(data.find_sources(same, "scans", None)) == 2 and set(tasks_of(*same)) == {"tumor"}
     other = [f"tumor/{s}/1.png" for s in ("x/a", "x/b", "y/c", "y/d")]
     assert tasks_of(*other) == {"x": ("a", "b"), "y": ("c", "d")}
 
@@ -492,11 +497,11 @@ def test_known_class_names_are_classes_whatever_lies_below_them():
 
 def test_a_publishers_parts_may_stand_above_the_task_and_what_is_beside_them_is_unlabelled():
     above = [f"{p}/tumor/{c}/1.png" for p in ("Training", "Testing") for c in ("glioma", "no")]
-    (source,) = data.find_sources(above, "scans")
+    (source,) = data.find_sources(above, "scans", None)
     assert {part for _, _, part, _ in source.rows} == {"train", "test"}
     known = [f"tumor/{p}/{c}/1.png" for p in ("Training", "Testing") for c in ("glioma", "no")]
     inside = [*known, "tumor/other/glioma/1.png", "tumor/other/no/1.png"]
-    assert [source.folder for source in data.find_sources(inside, "scans")] == [
+    assert [source.folder for source in data.find_sources(inside, "scans", None)] == [
         "tumor",
         "tumor/other",
     ]
@@ -804,6 +809,82 @@ def test_a_pattern_names_the_patients_and_one_that_matches_nothing_is_refused(tm
         load(r"AB|(never)")
 
 
+def test_an_id_that_the_pattern_finds_is_one_person_all_over_the_data(tmp_path):
+    """Folds of one set side by side, and loose slices: each once let patients through."""
+    root, n = tmp_path / "scans", 0
+    for i in range(30):
+        for fold in range(3):
+            class_ = ("sick", "well")[i % 2]
+            save(root / f"tumor/fold{fold}/{class_}/scan_A{i}_{fold}.png", head(n := n + 1))
+        save(root / f"extra/scan_A{i}_9.png", head(n := n + 1))
+    collection = data.load(root, 32, tmp_path / "cache", pattern=re.compile(r"scan_(A\d+)_"))
+    task = collection.task("tumor")
+    assert len(task.rows) == 90 and len(np.unique(task.groups)) == 30
+
+    def people(rows) -> set[str]:
+        return {collection.pictures.paths[row].split("_")[-2] for row in rows}
+
+    parts = [people(task.part(part)[0]) for part in ("train", "val", "test")]
+    assert not parts[0] & parts[1] and not (parts[0] | parts[1]) & parts[2]
+    assert not people(collection.pretraining_rows()) & (parts[1] | parts[2])
+
+
+def test_a_folder_that_the_pattern_finds_is_a_patient_and_no_class(tmp_path):
+    root, n = tmp_path / "scans", 0
+    for class_ in ("ill", "healthy"):
+        for i in range(8):
+            for slice_ in range(2):
+                path = f"epilepsy/{class_}/TCGA {class_[0]}{i}/{slice_}.png"
+                save(root / path, head(n := n + 1))
+    for text in (r"(TCGA \w\d)/", r"/TCGA (\w\d)/"):
+        collection = data.load(root, 32, tmp_path / "cache", pattern=re.compile(text))
+        assert collection.task("epilepsy").classes == ("healthy", "ill")
+        assert len(np.unique(collection.groups)) == 16
+
+
+def test_one_patient_may_be_spelled_in_several_ways(tmp_path):
+    names = ("Patient-07_a", "patient_7_b", "patient7_c", "img-patient 7", "Patient-70_a")
+    for i, name in enumerate(names):
+        save(tmp_path / "scans" / f"{name}.png", head(i))
+    groups = read(tmp_path / "scans", tmp_path).groups.tolist()
+    assert groups[1] not in groups[:1] + groups[2:]  # Patient-70_a.png comes second
+    assert len(set(groups)) == 2
+
+
+def test_files_that_swap_their_names_are_decoded_anew(tmp_path):
+    """Of one size and one time, as unpacked files are."""
+    root = tmp_path / "scans"
+    for i, name in enumerate(("a.bmp", "b.bmp")):
+        save(root / name, head(i))
+        os.utime(root / name, (1e9, 1e9))
+    before = read(root, tmp_path).pictures.hashes.copy()
+    (root / "a.bmp").rename(root / "c")
+    (root / "b.bmp").rename(root / "a.bmp")
+    (root / "c").rename(root / "b.bmp")
+    assert np.array_equal(read(root, tmp_path).pictures.hashes, before[::-1])
+
+
+def test_contradicting_pictures_of_one_colour_are_all_dropped(tmp_path):
+    root = tmp_path / "scans"
+    plant(root, patients=4)
+    for path in ("other/0", "mine/sick/z1", "mine/sick/z2", "mine/well/z3"):
+        save(root / f"{path}.png", np.full((40, 40), 77, np.uint8))
+    collection = read(root, tmp_path)
+    dropped = collection.task("mine").notes["dropped_paths"]
+    assert dropped == ["mine/sick/z1.png", "mine/sick/z2.png", "mine/well/z3.png"]
+
+
+def test_a_link_that_sorts_first_takes_no_picture_out_of_its_class(tmp_path):
+    root = tmp_path / "scans"
+    for class_ in ("glioma", "meningioma", "notumor"):
+        save(root / "tumor" / class_ / "1.png", head(len(class_)))
+    (root / "favourites").mkdir()
+    (root / "favourites" / "m").symlink_to(root / "tumor" / "meningioma")
+    collection = read(root, tmp_path)
+    assert collection.task("tumor").classes == ("glioma", "meningioma", "notumor")
+    assert "favourites/m/1.png" in collection.pictures.paths
+
+
 def test_resplit_pools_the_publishers_parts_and_cuts_them_by_group(tmp_path):
     publish(tmp_path / "scans")
     kept = read(tmp_path / "scans", tmp_path)
@@ -875,7 +956,7 @@ def test_missing_and_empty_folders_and_unknown_tasks_are_one_clear_line(tmp_path
     with pytest.raises(data.UserError, match="no pictures below"):
         read(tmp_path / "empty", tmp_path)
     plant(tmp_path / "scans", patients=3)
-    with pytest.raises(data.UserError, match="found: mine; known: tumor"):
+    with pytest.raises(data.UserError, match="found: mine; a task is"):
         read(tmp_path / "scans", tmp_path).task("tumor")
 
 

@@ -269,7 +269,7 @@ def test_the_split_is_the_same_in_every_command(tmp_path):
 def test_a_folder_without_classes_is_described_and_nothing_is_written(tmp_path, capsys):
     plant(tmp_path / "scans")
     assert main.main(["data", "--data", "scans/mine/sick"]) == 0
-    assert "all of it is unlabelled" in capsys.readouterr().out
+    assert "15 readable pictures are of no task" in capsys.readouterr().out
     assert {path.name for path in Path("runs").iterdir()} == {"cache"}
 
 
@@ -321,7 +321,7 @@ def test_on_its_own_data_a_classifier_scores_what_its_probe_did(tmp_path, capsys
     assert metrics["accuracy"] == before["accuracy"] and metrics["ci95"] == before["ci95"]
     assert metrics["baseline"]["balanced_accuracy"] == 0.5  # always the commonest class
     left_out = sum(row["split"] == "dropped" for row in rows_of(ours / "splits.csv"))
-    assert f"left out: {left_out} pictures" in capsys.readouterr().out
+    assert f"left out: {left_out} pictures of groups" in capsys.readouterr().out
     assert metrics["split"]["dropped_for_a_group_it_has_seen"] == left_out > 0
 
 
@@ -346,6 +346,25 @@ def test_elsewhere_classes_are_matched_by_name_and_known_pictures_left_out(tmp_p
     assert "ill, well" in error and "sick, well" in error
 
 
+def test_twins_that_the_split_drops_are_not_scored_and_are_counted(tmp_path, capsys):
+    words = trained(tmp_path)
+    plant(tmp_path / "other" / "Training", seed=20)
+    plant(tmp_path / "other" / "Testing", seed=21)
+    source = next((tmp_path / "other/Testing/mine/sick").rglob("*.png"))
+    (tmp_path / "other/Training/mine/sick/twin.png").write_bytes(source.read_bytes())
+    assert main.main([*words, "--data", "other"]) == 0
+    dropped = [r for r in rows_of("runs/evaluate-mine/splits.csv") if r["split"] == "dropped"]
+    assert f"left out: 0 pictures of groups that it was trained on, {len(dropped)} twins" in (
+        capsys.readouterr().out
+    )
+    notes = json.loads(Path("runs/evaluate-mine/metrics.json").read_text())["split"]
+    assert notes["dropped_by_the_split"] == len(dropped) > 0
+    for class_ in ("sick", "well"):
+        (tmp_path / "broken" / "mine" / class_).mkdir(parents=True)
+        (tmp_path / "broken" / "mine" / class_ / "1.png").write_bytes(b"")
+    assert "no picture of mine is left" in refused(capsys, *words, "--data", "broken")
+
+
 def test_a_classifier_is_not_scored_on_what_it_was_trained_on_unless_that_is_asked_for(
     tmp_path, capsys
 ):
@@ -355,13 +374,13 @@ def test_a_classifier_is_not_scored_on_what_it_was_trained_on_unless_that_is_ask
         if str(path.relative_to(tmp_path / "scans")) not in train:
             path.unlink()
     error = refused(capsys, *words, "--data", "scans")
-    assert f"trained on all {len(train)} pictures" in error and sorted(train)[0] in error
+    assert f"trained on {len(train)} of {len(train)}" in error and sorted(train)[0] in error
     assert main.main([*words, "--data", "scans", "--allow-leak"]) == 0
     for name in ("config.json", "metrics.json"):
         assert json.loads(Path(f"runs/evaluate-mine/{name}").read_text())["leaked"] is True
     assert f"LEAKED: {len(train)} test" in Path("runs/evaluate-mine/report.txt").read_text()
     assert "no classifier" in refused(capsys, "evaluate", "--model", "runs/pretrain/encoder.pt")
-    assert "no encoder at" in refused(capsys, "evaluate", "--model", "nowhere.pt")
+    assert "no classifier at" in refused(capsys, "evaluate", "--model", "nowhere.pt")
 
 
 @pytest.mark.parametrize("command", main.COMMANDS)
@@ -425,6 +444,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(tmp_path, capsys):
     inside = ("--data", "one", "--out", "one/run")
     assert "inside --data one" in refused(capsys, "pretrain", *inside)
     assert "is a file" in refused(capsys, "pretrain", "--out", "one/1.png")
+    assert "is a file" in refused(capsys, "pretrain", "--out", "one/1.png/below")
     wrong = ("--encoder", "runs/phantoms/pretrain/checkpoint.pt")
     assert "encoder.pt is beside it" in refused(capsys, "probe", "--task", "tumor", *wrong)
     assert "lower --lr" in refused(capsys, "pretrain", "--epochs", "2", "--lr", "1e30")
@@ -443,7 +463,7 @@ def test_a_class_of_one_patient_is_refused_and_never_split_by_picture(tmp_path, 
         Image.fromarray(pixels).save(target)
     flags = ["--data", "scans"]
     assert main.main(["data", *flags]) == 0
-    assert "cannot be probed or fine-tuned: class 'sick'" in capsys.readouterr().out
+    assert "cannot be probed: class 'sick'" in capsys.readouterr().out
     main.main(["pretrain", *flags, "--epochs", "0", "--image-size", "32"])
     assert "are never split" in refused(capsys, "probe", *flags, "--task", "mine")
     assert not Path("runs/probe-mine").exists()

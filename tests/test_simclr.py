@@ -244,3 +244,15 @@ def test_encoder_checkpoint_survives_the_round_trip_and_names_what_is_wrong(tmp_
     path.write_bytes(b"no checkpoint")
     with pytest.raises(data.UserError, match="cannot be used as an encoder"):
         simclr.load_encoder(path)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    """The loss of the last step is checked before the weights that it makes."""
+    encoder = simclr.resnet18()
+    with torch.no_grad():
+        encoder.conv1.weight[0, 0, 0, 0] = torch.nan
+    head = simclr.ProjectionHead(512)
+    optimizer = simclr.adamw(encoder, head, lr=1.0, weight_decay=0.0)
+    with pytest.raises(data.UserError, match="no finite numbers after epoch 3"):
+        simclr.save_pretraining(tmp_path, encoder, head, optimizer, 3, {}, torch.zeros(0, 16))
+    assert not list(tmp_path.iterdir())
