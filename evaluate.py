@@ -397,10 +397,11 @@ def publishers_leak(task: Columns, twins: np.ndarray) -> list[str]:
     found, straight = np.unique(tested), np.unique(tested[across[:, 2] == 0])
     sharing = (part == "train") & np.isin(task.group, task.group[part == "test"])  # (N,) bool
     left_out = (sharing & (task.split == "dropped")).sum()
+    left_out = "all" if left_out == sharing.sum() else f"{left_out:,}"
     return [
         f"As published, {len(found):,} of the {(part == 'test').sum():,} Testing pictures have a "
         f"twin in Training: {len(same):,} pixel for pixel, {len(found) - len(straight):,} mirrored."
-        f" {sharing.sum():,} Training pictures share a group with one of Testing; {left_out:,} of "
+        f" {sharing.sum():,} Training pictures share a group with one of Testing; {left_out} of "
         "them are left out."
     ]
 

@@ -274,5 +274,5 @@ def test_the_survey_counts_what_a_person_would_count():
     assert well == ["well", "2", "2", "0", "0", "1", "0", "1", "0"]
     assert both == ["all", "6", "4", "1", "4", "1", "0", "3", "2"]
     assert "2 of the 3 Testing pictures have a twin in Training: 1 pixel for pixel, 1 mirr" in text
-    assert "2 Training pictures share a group with one of Testing; 2 of them are left out" in text
+    assert "2 Training pictures share a group with one of Testing; all of them are left out" in text
     assert "50.0% of the tested" in text and "1.000 by picture, n/a by group" in text
