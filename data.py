@@ -52,8 +52,8 @@ from torch import Tensor
 THUMBNAIL = 32  # pixels a side: enough to know a head again, too few to see the noise
 TWIN_COSINE = 0.98  # finds exactly 200 groups, its people, in the Kaggle Alzheimer set
 SPLIT_SEED = b"simclr-brain-1"  # a constant: --seed never moves a picture between the parts
-CHAIN_SHARE = 0.05  # a group above this share of its task may be strangers linked in a chain,
-CHAIN_LEAST = 4  # unless it is as small as any patient's
+CHAIN_SHARE = 0.05  # a group above this share of its task may be strangers linked in a chain
+CHAIN_LEAST = 4  # but no group of so few pictures is suspected
 SKETCH = 128  # directions that tell most thumbnails apart, before all 1,024 pixels are compared
 MAX_UNREADABLE = (5, 0.01)  # more than five *and* more than 1 % unreadable pictures stop a run
 FEW = 64  # so few pictures are decoded before other processes have started
@@ -103,7 +103,7 @@ def seed_from(*key: int) -> int:
     SeedSequence mixes the numbers, so that neighbouring steps get unrelated streams.
 
     Args:
-        key: whole numbers >= 0; always as many, since a missing one counts as 0.
+        key: whole numbers >= 0, in every call as many: a number that is left out counts as 0.
 
     Returns:
         In [0, 2^63), what torch.manual_seed takes.
@@ -124,7 +124,7 @@ def generator_for(*key: int) -> torch.Generator:
 class KnownTask(NamedTuple):
     """What we know of a task beforehand.
 
-    `patient` is searched in "<class>/<file below it>"; its first capture group is the patient.
+    `patient` is searched in "<class folder>/<file name>"; its first capture group is the patient.
     """
 
     classes: tuple[str, ...]  # in the order in which they are reported
@@ -247,7 +247,8 @@ def find_sources(paths: list[str], root_name: str, pattern: Pattern | None) -> l
     """Read a tree of folders as tasks and classes.
 
     Two or more folders side by side are classes, unless classes stand side by side in one of
-    them; a known task's own class names are classes whatever lies below them.
+    them; a known task's own class names are classes whatever lies below them. (So a folder for each
+    patient below a class has to be known as a patient's, or the patients are taken for classes.)
 
     Args:
         paths: pictures below the data folder, with forward slashes.

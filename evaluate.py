@@ -121,10 +121,11 @@ def weighted_metrics(
 
     Returns:
         Per class, (B, K): precision, recall, f1 (undefined = 0), class_auroc (undefined = NaN).
-        Over classes, (B,): accuracy; macro_precision, macro_recall, macro_f1, over all K classes,
-        less those that this resample merely missed (as 0 they would pull the interval down);
-        balanced_accuracy over the classes that have pictures; auroc over those that also have
-        others to be told from. NaN where nothing can be scored.
+        Over classes, (B,): accuracy; macro_precision, macro_recall, macro_f1, where a class that no
+        picture has and none is called counts as 0, but one that only this resample has missed is
+        left out (as 0 it would pull the interval down); balanced_accuracy over the classes that
+        have pictures; auroc over those that also have others to be told from. NaN where nothing
+        can be scored.
     """
     K = probs.shape[1]
     cell = np.eye(K * K)[labels * K + probs.argmax(axis=1)]  # (N, K^2), one 1 a row
@@ -193,7 +194,7 @@ def classification_metrics(
     Raises:
         ValueError: shapes do not fit, a row is no distribution, or a label is outside [0, K).
 
-    A uniform guess over K classes has accuracy near 1 / K, AUROC 0.5 and NLL log K.
+    Equal probabilities for K classes have AUROC 0.5 and NLL log K, and call everything class 0.
     """
     labels, probs = np.asarray(labels, np.int64), np.asarray(probs, np.float64)
     fits = probs.ndim == 2 and labels.shape == probs.shape[:1] and len(labels) > 0
