@@ -306,7 +306,8 @@ def pretraining_settings(
         raise data.UserError(f"{n} pictures are left to pretrain on; contrasting takes at least 2")
     if args.batch_size > n:
         print(f"  the batch shrinks from {args.batch_size} to the {n} pictures there are")
-    values = {name: getattr(args, name) for name in ("epochs", "lr", "temperature", "seed")}
+    names = ("epochs", "lr", "temperature", "chunk_size", "seed")
+    values = {name: getattr(args, name) for name in names}
     return simclr.Pretraining(batch_size=min(args.batch_size, n), **values)
 
 
@@ -320,9 +321,8 @@ def show_step(bar: tqdm, batch_size: int, step: int, sums: Tensor) -> None:
     if bar.update():  # True = redrawn. Reading the sums makes the device wait, so only then.
         loss, accuracy, _ = (sums / step).tolist()
         speed = (bar.format_dict["rate"] or 0) * batch_size
-        bar.set_postfix_str(
-            f"loss {loss:.3f}, contrastive accuracy {accuracy:.2f}, {speed:.0f} images/s"
-        )
+        text = f"loss {loss:.3f}, contrastive accuracy {accuracy:.2f}, {speed:.0f} images/s"
+        bar.set_postfix_str(text)
 
 
 def finish_pretraining(
@@ -341,12 +341,9 @@ def finish_pretraining(
             f"{last['contrastive_accuracy']:.2f}, {last['images_per_second']:.0f} images/s; "
             f"{minutes:.1f} minutes of training"
         )
-    following = []
-    if collection.tasks:
-        task = "tumor" if args.data is None else min(collection.tasks)
-        following = ["probe", *data_flags(args), "--task", task]
-        following += ["--encoder", str(out / "encoder.pt")] if args.out else []
-    print_written(out, following)
+    task = "tumor" if args.data is None else min(collection.tasks, default=None)
+    encoder = ["--encoder", str(out / "encoder.pt")] if args.out else []
+    print_written(out, ["probe", *data_flags(args), "--task", task, *encoder] if task else [])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -383,8 +380,8 @@ def probe(args: argparse.Namespace) -> None:
     described = {"task": task.name, "classes": list(task.classes), "config": config}
     trained = {"head": head.state_dict(), "head_type": "cosine_mlp", "seen": seen.unique(dim=0)}
     simclr.save(checkpoint | described | trained, out / "classifier.pt")
-    files = {"config.json": config, "log.jsonl": records}
-    files |= {"splits.csv": collection.split_table(task)}
+    splits = collection.split_table(task)
+    files = {"config.json": config, "log.jsonl": records, "splits.csv": splits}
     files |= {"curve.png": evaluate.training_picture(records, f"Probe of {task.name}", caption)}
     files |= evaluate.result_files(test, probs, results, task.notes, caption)
     write(out, files)
@@ -444,7 +441,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Prints the default behind each flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        plain = action.default is None or action.default is False
+        return action.help if plain else super()._get_help_string(action)
 
 
 def whole(low: int) -> Callable[[str], int]:
@@ -506,7 +504,8 @@ def build_parser() -> Parser:
         for command in commands.split() or COMMANDS:
             groups[command, title].add_argument(*name, **options)
 
-    declare_flags(flag)
+    declare_data_flags(flag)
+    declare_training_flags(flag)
     return parser
 
 
@@ -515,8 +514,8 @@ def text_of(name: str, text: str) -> str:
     return f"{text} (default: {PUBLISHED[name]}; {PHANTOM_DEFAULTS[name]} on phantoms)"
 
 
-def declare_flags(flag: Callable) -> None:
-    """Declare every flag once, with the commands that take it."""
+def declare_data_flags(flag: Callable) -> None:
+    """The flags that say what is read and written, each declared once for all its commands."""
     part = partial(flag, "data and output")
     text = "folder of scans: <task>/<class>/ or <task>/Training/<class>/ below it; else phantoms"
     part("", "--data", type=Path, help=text)
@@ -540,13 +539,18 @@ def declare_flags(flag: Callable) -> None:
     text = "go on although test pictures were trained on; every output then says so"
     part("probe evaluate", "--allow-leak", action="store_true", help=text)
 
+
+def declare_training_flags(flag: Callable) -> None:
+    """The flags that say how and on what to train."""
     part = partial(flag, "optimisation")
     text = text_of("batch_size", "slices a step; more negatives, more memory")
     part("pretrain", "--batch-size", type=whole(2), help=text)
+    text = "slices in memory at once, for a larger batch; the loss still is over the whole batch"
+    part("pretrain", "--chunk-size", type=whole(1), help=text)
     text = text_of("epochs", "passes over the pictures; 0 leaves random weights")
     part("pretrain", "--epochs", type=whole(0), help=text)
-    text = "passes of the head over the features"
-    part("probe", "--epochs", type=whole(0), default=heads.Probing.epochs, help=text)
+    epochs = heads.Probing.epochs
+    part("probe", "--epochs", type=whole(0), default=epochs, help="passes over the features")
     text = "learning rate at the start; halve it if the loss turns NaN"
     part("pretrain", "--lr", type=positive, default=PUBLISHED["lr"], help=text)
     text = "softmax scale of NT-Xent in cosine units; lower stresses the hardest negatives"

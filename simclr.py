@@ -312,9 +312,54 @@ class Pretraining:
     lr: float = 5e-4  # at the start
     weight_decay: float = 1e-4
     temperature: float = 0.07
+    chunk_size: int | None = None  # slices whose activations are held at once; None = all
     seed: int = 0
     mean: float = 0.5
     std: float = 0.5
+
+
+def embed(encoder: ResNet, projection_head: ProjectionHead, views: Tensor, bf16: bool) -> Tensor:
+    """The projections of views: (V, 1, S, S) float, normalised -> z: (V, D), bf16 if asked for."""
+    device = views.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        h = encoder(views.contiguous(memory_format=memory_format(device, bf16)))  # (V, E)
+        return projection_head(h)  # (V, D)
+
+
+def backward_in_chunks(
+    networks: nn.ModuleList, view_a: Tensor, view_b: Tensor, settings: Pretraining, bf16: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a whole batch and its gradients, in the memory of one chunk (2101.06983, §3.1).
+
+    The loss sees the networks through z alone, and z is small. So (1) embed every chunk without
+    keeping activations; (2) take dL/dz of the loss over the whole batch, all its negatives
+    included; (3) embed every chunk again, with activations, and hand its rows of dL/dz back through
+    it. The gradients add up to those of the plain step; the price is one more forward pass.
+
+    A chunk holds both views of its slices. Batch norm sees a chunk where it would see the batch;
+    its running statistics move in (1), and (3) leaves them as they are.
+
+    Args:
+        networks: encoder and projection head; gradients are added to their parameters'.
+        view_a, view_b: (N, 1, S, S) float.
+        settings: chunk_size in [1, N], and the temperature.
+
+    Returns:
+        (loss (), z_a (N, D), z_b (N, D)), none with a graph.
+    """
+    pairs = zip(*(v.split(settings.chunk_size) for v in (view_a, view_b)), strict=True)
+    chunks = [torch.cat(pair) for pair in pairs]  # each (2 chunk_size, 1, S, S)
+    with torch.no_grad():
+        z = [embed(*networks, chunk, bf16).chunk(2) for chunk in chunks]
+    z_a, z_b = (torch.cat(parts).requires_grad_() for parts in zip(*z, strict=True))  # (N, D) each
+    loss = nt_xent(z_a, z_b, settings.temperature)
+    gradients = [g.split(settings.chunk_size) for g in torch.autograd.grad(loss, (z_a, z_b))]
+    statistics = [buffer.clone() for buffer in networks.buffers()]
+    for chunk, *gradient in zip(chunks, *gradients, strict=True):
+        embed(*networks, chunk, bf16).backward(torch.cat(gradient))
+    for buffer, kept in zip(networks.buffers(), statistics, strict=True):
+        buffer.copy_(kept)
+    return loss.detach(), z_a.detach(), z_b.detach()
 
 
 def pretrain(
@@ -341,8 +386,7 @@ def pretrain(
     """
     device, N = images.device, settings.batch_size
     steps = len(images) // N
-    encoder.train()
-    projection_head.train()
+    networks = nn.ModuleList([encoder, projection_head]).train()
     for epoch in range(1, settings.epochs + 1):
         began = time.perf_counter()
         # Step 0 of an epoch draws its order, step s >= 1 the views of its batch s.
@@ -355,14 +399,15 @@ def pretrain(
             batch = images[order[(step - 1) * N : step * N].to(device)]  # (N, 1, S, S) uint8
             generator = data.generator_for(settings.seed, epoch, step)
             view_a, view_b = data.random_views(batch, generator, settings.mean, settings.std)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            optimizer.zero_grad()
+            if settings.chunk_size and settings.chunk_size < N:
+                loss, z_a, z_b = backward_in_chunks(networks, view_a, view_b, settings, bf16)
+            else:
                 # Both views in one pass, so that batch norm sees one population, not two.
                 views = torch.cat([view_a, view_b])  # (2N, 1, S, S)
-                h = encoder(views.contiguous(memory_format=memory_format(device, bf16)))  # (2N, E)
-                z_a, z_b = projection_head(h).chunk(2)  # (N, D) each
-            loss = nt_xent(z_a, z_b, settings.temperature)
-            optimizer.zero_grad()
-            loss.backward()
+                z_a, z_b = embed(*networks, views, bf16).chunk(2)  # (N, D) each
+                loss = nt_xent(z_a, z_b, settings.temperature)
+                loss.backward()
             optimizer.step()
             sums += torch.stack([loss.detach(), *contrastive_statistics(z_a, z_b)])
             on_step(step, sums)

@@ -262,7 +262,8 @@ def test_unreadable_pictures_are_named_and_left_out(tmp_path):
     paths, unreadable = collection.pictures.paths, collection.pictures.unreadable
     names = ("bomb", "broken", "empty", "link", "program", "text", "truncated", "warned")
     assert [paths[row].split("/")[1].split(".")[0] for row in unreadable] == list(names)
-    assert "Bomb" in unreadable[paths.index("a/bomb.png")]
+    assert "BombError" in unreadable[paths.index("a/bomb.png")]
+    assert "BombWarning" in unreadable[paths.index("a/warned.png")]
     assert "cannot identify" in unreadable[paths.index("a/program.png")]  # nothing was started
     assert collection.other_files == 3
     assert [paths[row] for row in collection.pretraining_rows()] == [f"a/{i}.png" for i in range(6)]

@@ -139,3 +139,17 @@ def test_labels_planted_at_random_are_learnt_by_picture_and_not_by_group(tmp_pat
         scores[name] = float((probs.argmax(axis=1) == cut.part("test")[1]).mean())
     assert scores["picture"] > 0.9
     assert abs(scores["group"] - 0.5) < 0.2  # 24 patients are tested: a standard error of 0.1
+
+
+def test_a_classifiers_columns_are_matched_by_the_names_of_the_classes():
+    torch.manual_seed(0)
+    encoder, head = simclr.resnet18(), heads.CosineMLP(512, 3)
+    checkpoint = {"classes": ["a", "b", "c"], "mean": 0.5, "std": 0.5}
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32), dtype=np.uint8)
+    device = torch.device("cpu")
+    known = heads.classify(encoder, head, checkpoint, images, ("a", "b", "c"), device, False)
+    turned = heads.classify(encoder, head, checkpoint, images, ("c", "a", "b"), device, False)
+    assert known.shape == (4, 3) and np.allclose(known.sum(axis=1), 1)
+    assert np.array_equal(turned, known[:, [2, 0, 1]]) and not np.allclose(turned, known)
+    with pytest.raises(data.UserError, match="classes a, b, and .* a, b, c"):
+        heads.classify(encoder, head, checkpoint, images, ("a", "b"), device, False)

@@ -256,3 +256,65 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     with pytest.raises(data.UserError, match="no finite numbers after epoch 3"):
         simclr.save_pretraining(tmp_path, encoder, head, optimizer, 3, {}, torch.zeros(0, 16))
     assert not list(tmp_path.iterdir())
+
+
+# --- chunks ------------------------------------------------------------------------------------
+
+
+def small_networks() -> torch.nn.ModuleList:
+    torch.manual_seed(0)
+    return torch.nn.ModuleList([simclr.resnet18(), simclr.ProjectionHead(512)]).double()
+
+
+def gradients(networks: torch.nn.ModuleList) -> list[torch.Tensor]:
+    return [p.grad for p in networks.parameters()]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 6])
+def test_chunks_add_up_to_the_gradients_of_the_plain_step(chunk):
+    """In eval mode batch norm does not mix pictures, so the two must be one and the same."""
+    view_a, view_b = torch.randn(2, 6, 1, 32, 32, dtype=torch.float64)
+    settings = simclr.Pretraining(chunk_size=chunk, temperature=0.2)
+    plain, chunked = small_networks().eval(), small_networks().eval()
+    z_a, z_b = simclr.embed(*plain, torch.cat([view_a, view_b]), False).chunk(2)
+    loss = simclr.nt_xent(z_a, z_b, 0.2)
+    loss.backward()
+    ours, ours_a, ours_b = simclr.backward_in_chunks(chunked, view_a, view_b, settings, False)
+    assert ours.item() == pytest.approx(loss.item(), abs=1e-12) and not ours.requires_grad
+    assert torch.allclose(ours_a, z_a, atol=1e-12) and torch.allclose(ours_b, z_b, atol=1e-12)
+    for theirs, mine in zip(gradients(plain), gradients(chunked), strict=True):
+        assert (theirs - mine).abs().max() < 1e-12 * max(1, theirs.abs().max())
+
+
+def test_in_training_chunks_have_their_own_batch_norm_and_move_its_statistics_once():
+    """Against all chunks in one graph, slowly; and against a single pass for the statistics."""
+    view_a, view_b = torch.randn(2, 6, 1, 32, 32, dtype=torch.float64)
+    settings = simclr.Pretraining(chunk_size=2, temperature=0.2)
+    slow, chunked = small_networks().train(), small_networks().train()
+    z = [
+        simclr.embed(*slow, torch.cat([view_a[i : i + 2], view_b[i : i + 2]]), False).chunk(2)
+        for i in (0, 2, 4)
+    ]
+    z_a, z_b = (torch.cat(parts) for parts in zip(*z, strict=True))
+    simclr.nt_xent(z_a, z_b, 0.2).backward()
+    simclr.backward_in_chunks(chunked, view_a, view_b, settings, False)
+    for theirs, mine in zip(gradients(slow), gradients(chunked), strict=True):
+        assert (theirs - mine).abs().max() < 1e-12 * max(1, theirs.abs().max())
+    for theirs, mine in zip(slow.buffers(), chunked.buffers(), strict=True):
+        assert torch.equal(theirs, mine)
+    assert int(chunked[0].bn1.num_batches_tracked) == 3
+
+
+def test_a_run_in_chunks_sees_the_same_views_and_learns():
+    """Seed, order and views do not know of chunks; of one step, only batch norm does."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 1, 32, 32), np.uint8))
+    losses = []
+    for chunk in (None, 8, 4):
+        torch.manual_seed(0)
+        encoder, head = simclr.resnet18(), simclr.ProjectionHead(512)
+        optimizer = simclr.adamw(encoder, head, lr=1e-3, weight_decay=0.0)
+        settings = simclr.Pretraining(epochs=3, batch_size=8, chunk_size=chunk)
+        records = simclr.pretrain(images, encoder, head, optimizer, settings)
+        losses.append([record["loss"] for record in records])
+    assert losses[0] == losses[1]
+    assert losses[2] != losses[0] and losses[2][0] == pytest.approx(losses[0][0], abs=1.0)
