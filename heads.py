@@ -4,7 +4,8 @@ The question a probe asks is how much of a diagnosis can be read off the represe
 encoder may not change. So the encoder sees each picture once, in eval mode, and only a small head
 is trained on those features; seconds, not hours, and few labels are enough. The head is a cosine
 classifier: it compares directions, so a class cannot win by having longer weights, which helps
-where classes are unequal in size.
+where classes are unequal in size. A score counts only where nothing tested was trained on: the
+second half of this file sees to that, for a probe and for pictures from elsewhere.
 
     m = two times: Linear -> BatchNorm -> ReLU -> Dropout         (N, E) -> (N, 128)
     logits_k = s * cos(m, w_k),  s learnable, from 10    (Gidaris and Komodakis, 1804.09458, §3.2)
@@ -173,7 +174,7 @@ def probabilities(head: nn.Module, features: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
-# Probing a task: what the head is trained on, and the result
+# Probing a task, and a classifier elsewhere: what is trained on what, and what may be tested
 # ---------------------------------------------------------------------------------------------
 
 

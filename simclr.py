@@ -11,6 +11,9 @@ what does not (pose, gain, noise). Afterwards the projection head is thrown away
     l(i, j) = -log( exp(sim(z_i, z_j) / tau) / sum_{k != i} exp(sim(z_i, z_k) / tau) )   (Eq. 1)
     L = mean of l over all 2N (anchor, positive) pairs                            (Algorithm 1)
 
+More negatives make a harder question, so batches are large; `backward_in_chunks` computes the loss
+and the gradients of a batch that memory has no room for.
+
 Shape letters: N slices in a batch (so 2N views) · C channels · H, W pixels · E encoder features ·
 D projection dimensions · K classes. Here also n pictures, S = image size.
 
