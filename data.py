@@ -536,7 +536,7 @@ def sketch(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def twin_pairs(
-    thumbnails: np.ndarray, threshold: float = TWIN_COSINE, block: int = 1024
+    thumbnails: np.ndarray, threshold: float = TWIN_COSINE, block: int = 128
 ) -> np.ndarray:
     """Pairs of pictures that show the same thing, straight or mirrored left to right.
 
@@ -553,7 +553,7 @@ def twin_pairs(
     Args:
         thumbnails: (n, 32, 32) uint8.
         threshold: cosine of the mean-free thumbnails, in [0, 1]; lower joins more.
-        block: rows compared at once.
+        block: rows compared with all others at once.
 
     Returns:
         (m, 3) int64: rows i < j, each pair once, and 1 where only the mirror passes, else 0. A
@@ -575,18 +575,17 @@ def twin_pairs(
     short_even = torch.column_stack([short_even, rest_even, rest_odd])  # (n, 130): s.s' + r r'
     pairs = [torch.zeros(0, 3, dtype=torch.int64)]
     for i in range(0, len(even), block):
-        for j in range(i, len(even), block):
-            bound = (short_odd[i : i + block] @ short_odd[j : j + block].T).abs_()
-            bound = bound.addmm_(short_even[i : i + block], short_even[j : j + block].T)
-            passed = (bound > threshold - 1e-4).nonzero() + torch.tensor([i, j])
-            for some in passed[passed[:, 0] < passed[:, 1]].split(1 << 12):
-                a, b = (t[some[:, k]].double() for k in (0, 1))  # (m, 32, 32)
-                # Whole numbers, whose sums are exact in any order: no machine decides otherwise.
-                a, b = (x * THUMBNAIL**2 - x.sum(dim=(1, 2), keepdim=True) for x in (a, b))
-                straight, mirror = (a * b).sum(dim=(1, 2)), (a * b.flip(2)).sum(dim=(1, 2))
-                least = threshold * ((a * a).sum(dim=(1, 2)) * (b * b).sum(dim=(1, 2))).sqrt()
-                found = torch.column_stack([some, straight < least])  # (m, 3)
-                pairs.append(found[torch.maximum(straight, mirror) >= least])
+        bound = (short_odd[i : i + block] @ short_odd[i:].T).abs_()  # (block, n - i)
+        bound = bound.addmm_(short_even[i : i + block], short_even[i:].T)
+        passed = (bound > threshold - 1e-4).nonzero() + i
+        for some in passed[passed[:, 0] < passed[:, 1]].split(1 << 12):
+            a, b = (t[some[:, k]].double() for k in (0, 1))  # (m, 32, 32)
+            # Whole numbers, whose sums are exact in any order: no machine decides otherwise.
+            a, b = (x * THUMBNAIL**2 - x.sum(dim=(1, 2), keepdim=True) for x in (a, b))
+            straight, mirror = (a * b).sum(dim=(1, 2)), (a * b.flip(2)).sum(dim=(1, 2))
+            least = threshold * ((a * a).sum(dim=(1, 2)) * (b * b).sum(dim=(1, 2))).sqrt()
+            found = torch.column_stack([some, straight < least])  # (m, 3)
+            pairs.append(found[torch.maximum(straight, mirror) >= least])
     return torch.cat(pairs).numpy()
 
 
