@@ -177,11 +177,11 @@ def list_pictures(root: Path) -> tuple[list[str], int]:
     Returns:
         (paths below root with forward slashes, sorted; the count of other files)
     """
-    closed: list[str] = []
-    found, others = [], 0
+    closed, found, others = [], [], 0
     walk = os.walk(root, onerror=lambda error: closed.append(error.filename), followlinks=True)
     for folder, folders, files in walk:
-        if os.path.realpath(folder) in map(os.path.realpath, Path(folder).parents):
+        above = map(os.path.realpath, Path(folder).parents)  # lazily: only links are compared
+        if os.path.islink(folder) and os.path.realpath(folder) in above:
             folders.clear()  # a link to a folder above itself would be walked for ever
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -358,9 +358,8 @@ def fit_square(gray: np.ndarray, size: int) -> np.ndarray:
     Returns:
         (S, S) uint8; black columns or rows lie evenly on both sides.
     """
-    H, W = gray.shape
-    long = max(H, W)
-    h, w = max(1, round(H * size / long)), max(1, round(W * size / long))
+    long = max(gray.shape)
+    h, w = (max(1, round(side * size / long)) for side in gray.shape)
     square = np.zeros((size, size), np.uint8)
     top, left = (size - h) // 2, (size - w) // 2
     # PIL's bilinear widens its window when it shrinks, so fine structure is averaged, not skipped.
@@ -497,7 +496,7 @@ def decode(
     texts = [os.fsencode(f"{path}\0{stamp}") for path, stamp in stamps.items()]
     # Without zeros, which numpy takes off the end of a string.
     keys = [hashlib.sha256(text).digest()[:16].replace(b"\0", b"\1") for text in texts]
-    known = map_rows(file, image_size)[1]
+    cached, known = map_rows(file, image_size)
     jobs = [(path, key) for path, key in zip(stamps, keys, strict=True) if key not in known]
     if len(jobs) >= FEW:
         # Processes, not threads: half of the work on a small picture holds the interpreter's lock.
@@ -511,7 +510,8 @@ def decode(
         known = map_rows(file, image_size)[1]
     left = [(path, key) for path, key in jobs if key not in known]  # few, or unreadable, or new
     unreadable = decode_share(root, left, image_size, file)
-    cached, known = map_rows(file, image_size)
+    if jobs:
+        cached, known = map_rows(file, image_size)
     where = np.array([known.get(key, -1) for key in keys], np.int64)
     thumbnails, hashes = cached["thumbnail"][where], cached["hash"][where]
     thumbnails[where < 0] = hashes[where < 0] = 0  # of the unreadable
@@ -1031,7 +1031,7 @@ class Collection:
         return [("path", "label", "group", "split", "pixel_hash"), *rows]
 
     def was_seen(self, seen: np.ndarray) -> np.ndarray:
-        """Which pictures somebody has trained on, found by their pixels.
+        """Which pictures somebody has trained on, or on others of their group, found by pixels.
 
         Args:
             seen: (m, 16) uint8 hashes, as encoder.pt and classifier.pt remember them.
@@ -1039,7 +1039,8 @@ class Collection:
         Returns:
             (n,) bool over all pictures of the folder, True = seen.
         """
-        return np.isin(self.pictures.names(), seen.view("S16")[:, 0])
+        known = np.isin(self.pictures.names(), seen.view("S16")[:, 0])
+        return np.isin(self.groups, self.groups[known])
 
     def fingerprint(self) -> str:
         """A digest of every path and every pixel: two runs with equal ones saw the same data."""

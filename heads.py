@@ -178,6 +178,14 @@ def probabilities(head: nn.Module, features: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 
 
+def features_of(
+    encoder: simclr.ResNet, checkpoint: dict, images: np.ndarray, device: torch.device, bf16: bool
+) -> Tensor:
+    """`simclr.encode` on a device, scaled as the checkpoint was trained: (n, E) float32."""
+    scaling = {"mean": checkpoint["mean"], "std": checkpoint["std"]}
+    return simclr.encode(encoder.to(device), images, **scaling, device=device, bf16=bf16)
+
+
 def representations(
     encoder: simclr.ResNet,
     checkpoint: dict,
@@ -201,13 +209,12 @@ def representations(
     """
     torch.manual_seed(seed)
     untrained = simclr.ARCHITECTURES[checkpoint["arch"]]()
-    scaling = {"mean": checkpoint["mean"], "std": checkpoint["std"]}
-    features = {
-        name: simclr.encode(network.to(device), images, **scaling, device=device, bf16=bf16)
-        for name, network in (("pretrained encoder", encoder), ("untrained encoder", untrained))
-    }
     pixels = torch.from_numpy(thumbnails).flatten(1)  # (n, 1024)
-    return features | {"raw 32x32 pixels": pixels.float() / 127.5 - 1}
+    return {
+        "pretrained encoder": features_of(encoder, checkpoint, images, device, bf16),
+        "untrained encoder": features_of(untrained, checkpoint, images, device, bf16),
+        "raw 32x32 pixels": pixels.float() / 127.5 - 1,
+    }
 
 
 def refuse_leak(
@@ -225,9 +232,8 @@ def refuse_leak(
     Raises:
         UserError: there are some, and they are not allowed.
     """
-    rows, _, groups = task.part("test")
-    met = np.isin(groups, collection.groups[collection.was_seen(seen)])
-    leaked = [collection.pictures.paths[row] for row in rows[met]]
+    rows, _, _ = task.part("test")
+    leaked = [collection.pictures.paths[row] for row in rows[collection.was_seen(seen)[rows]]]
     if leaked and not allowed:
         raise data.UserError(
             f"the encoder was pretrained on {len(leaked)} of the {len(rows)} test pictures of "
@@ -296,7 +302,7 @@ def unseen_part(
         UserError: nothing is left.
     """
     before = task.split == "dropped"
-    known = np.isin(task.groups, collection.groups[collection.was_seen(seen)]) & ~before
+    known = collection.was_seen(seen)[task.rows] & ~before
     dropped = before | (known & (not allowed))  # (n,) bool
     paths = [collection.pictures.paths[row] for row in task.rows]
     if dropped.all():
@@ -361,7 +367,6 @@ def classify(
             f"the data has the classes {', '.join(classes)}, and the classifier tells apart "
             f"{', '.join(checkpoint['classes'])}; rename the folders of what is the same"
         )
-    scaling = {"mean": checkpoint["mean"], "std": checkpoint["std"]}
-    h = simclr.encode(encoder.to(device), images, **scaling, device=device, bf16=bf16)
+    h = features_of(encoder, checkpoint, images, device, bf16)
     columns = [checkpoint["classes"].index(name) for name in classes]
     return probabilities(head, h).numpy()[:, columns]
