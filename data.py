@@ -26,6 +26,7 @@ Departures from the paper (§3 and appendix A of 2002.05709):
 Next: simclr.py
 """
 
+import fcntl
 import hashlib
 import math
 import multiprocessing
@@ -93,6 +94,30 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, wait: bool) -> Iterator[None]:
+    """Hold a folder, which the system lets go when this process ends, in whatever way.
+
+    Args:
+        folder: made where it is missing.
+        wait: until another process lets go of it; else that is an error.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    except BlockingIOError:
+        raise UserError(
+            f"another run is writing into {folder}; wait for its end, or give another --out"
+        ) from None
+    finally:
+        os.close(held)
 
 
 def seed_from(*key: int) -> int:
@@ -489,7 +514,6 @@ def decode(
         progress: wraps an iterable and shows how far it is, as tqdm does.
     """
     place = os.fsencode(f"{CACHE_VERSION} {root.resolve() if root else 'phantoms'}")
-    cache.mkdir(parents=True, exist_ok=True)
     file = cache / f"{hashlib.sha256(place).hexdigest()[:12]}-{image_size}.rows"
     with open(file, "ab") as out:  # takes off a row that was cut short
         out.truncate(out.tell() // row_type(image_size).itemsize * row_type(image_size).itemsize)
@@ -587,6 +611,17 @@ def twin_pairs(
             found = torch.column_stack([some, straight < least])  # (m, 3)
             pairs.append(found[torch.maximum(straight, mirror) >= least])
     return torch.cat(pairs).numpy()
+
+
+def cached_twins(thumbnails: np.ndarray, cache: Path) -> np.ndarray:
+    """`twin_pairs`, computed once for the same thumbnails and kept in a file."""
+    digest = hashlib.sha256(f"{CACHE_VERSION} {TWIN_COSINE}".encode())
+    digest.update(np.ascontiguousarray(thumbnails))
+    file = cache / f"{digest.hexdigest()[:12]}-twins.npy"
+    if not file.exists():
+        with write_atomically(file) as out:
+            np.save(out, twin_pairs(thumbnails))
+    return np.load(file)
 
 
 def connected(n: int, pairs: np.ndarray) -> np.ndarray:
@@ -1021,27 +1056,6 @@ class Collection:
             )
         return self.tasks[name]
 
-    def split_table(self, task: Task) -> list[tuple]:
-        """splits.csv, header first: path, label, group, split, pixel_hash (hexadecimal)."""
-        paths, hashes = self.pictures.paths, self.pictures.hashes
-        lines = zip(task.rows, task.labels, task.groups, task.split, strict=True)
-        rows = [
-            (paths[r], task.classes[k], g, p, hashes[r].tobytes().hex()) for r, k, g, p in lines
-        ]
-        return [("path", "label", "group", "split", "pixel_hash"), *rows]
-
-    def was_seen(self, seen: np.ndarray) -> np.ndarray:
-        """Which pictures somebody has trained on, or on others of their group, found by pixels.
-
-        Args:
-            seen: (m, 16) uint8 hashes, as encoder.pt and classifier.pt remember them.
-
-        Returns:
-            (n,) bool over all pictures of the folder, True = seen.
-        """
-        known = np.isin(self.pictures.names(), seen.view("S16")[:, 0])
-        return np.isin(self.groups, self.groups[known])
-
     def fingerprint(self) -> str:
         """A digest of every path and every pixel: two runs with equal ones saw the same data."""
         digest = hashlib.sha256("\n".join(self.pictures.paths).encode("utf8", "surrogateescape"))
@@ -1097,9 +1111,10 @@ def load(
         UserError: no such folder, no pictures in it, or a pattern that matches none.
     """
     stamps, others = list_folder(root) if root else (dict.fromkeys(phantom_paths(), ""), 0)
-    pictures, paths = decode(root, stamps, image_size, cache, progress), list(stamps)
+    with locked(cache, wait=True):  # so that commands that start together decode once
+        pictures, paths = decode(root, stamps, image_size, cache, progress), list(stamps)
+        twins = np.concatenate([cached_twins(pictures.thumbnails, cache), pictures.copies()])
     sources = find_sources(paths, root.resolve().name if root else "", pattern)
-    twins = np.concatenate([twin_pairs(pictures.thumbnails), pictures.copies()])
     patients = patient_pairs(paths, sources, pattern)
     groups = connected(len(paths), np.concatenate([twins[:, :2], patients]))
     tasks = {
@@ -1214,7 +1229,11 @@ def draw_views(V: int, generator: torch.Generator) -> ViewParameters:
 
 def resample(images: Tensor, matrices: Tensor) -> Tensor:
     """Carry (V, 1, S, S) pictures through (V, 3, 3) matrices: bilinear, black outside."""
-    grid = F.affine_grid(matrices[:, :2], list(images.shape), align_corners=False)  # (V, S, S, 2)
+    S = images.shape[-1]
+    middle = (2 * torch.arange(S, device=images.device) + 1) / S - 1  # (S,), of each pixel
+    column, row, one = matrices[:, None, None, :2].unbind(dim=-1)  # (V, 1, 1, 2) each
+    # F.affine_grid, without its product of an S x S x 3 by a 3 x 2 matrix: half of the time here
+    grid = middle[:, None] * column + (middle[:, None, None] * row + one)  # (V, S, S, 2): x, y
     return F.grid_sample(images, grid, "bilinear", "zeros", align_corners=False)  # (V, 1, S, S)
 
 

@@ -16,12 +16,15 @@ import argparse
 import csv
 import io
 import json
+import os
 import platform
 import re
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,7 +33,6 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import data
@@ -42,7 +44,11 @@ RUNS = Path("runs")
 PUBLISHED = {"image_size": 128} | asdict(simclr.Pretraining())
 # On the phantoms a command takes minutes on a laptop; these settings, and no others, differ there.
 PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 32, "epochs": 12}
-CHECKPOINT_SECONDS = 60  # at most one checkpoint a minute, so that writing costs next to nothing
+CHECKPOINT_SECONDS = 60  # at most one checkpoint a minute,
+CHECKPOINT_SHARE = 0.01  # and at most this share of the time is spent on writing them
+# Which process this is and of how many, as torchrun says; only the first one writes and prints.
+RANK, PROCESSES = (int(os.environ.get(name, k)) for k, name in enumerate(("RANK", "WORLD_SIZE")))
+progress_bar = partial(tqdm, disable=RANK > 0)
 
 # ---------------------------------------------------------------------------------------------
 # What the commands share
@@ -67,10 +73,16 @@ def choose_machine(args: argparse.Namespace) -> Machine:
     name = ("cuda" if cuda else "mps" if mps else "cpu") if args.device == "auto" else args.device
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise data.UserError(f"this machine has no {name} device; give --device auto or cpu")
-    bf16, why = simclr.native_bf16(torch.device(name))
+    device = torch.device(name)
+    if name == "cuda":
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # a step's shapes are those of the step before
+    bf16, why = simclr.native_bf16(device)
     if args.precision != "auto":
         bf16, why = args.precision == "bf16", f"--precision {args.precision}"
-    return Machine(torch.device(name), bf16, f"{name}, {'bf16' if bf16 else 'float32'} ({why})")
+    many = f"{PROCESSES} processes, " * (PROCESSES > 1)
+    return Machine(device, bf16, f"{many}{name}, {'bf16' if bf16 else 'float32'} ({why})")
 
 
 def run_folder(args: argparse.Namespace, name: str) -> Path:
@@ -107,7 +119,7 @@ def load_data(args: argparse.Namespace, image_size: int) -> data.Collection:
         UserError: the data cannot be read, or too many of its pictures (`data` shows them all).
     """
     training = args.command in ("pretrain", "probe")
-    progress, how = partial(tqdm, leave=False), (args.group_pattern, args.resplit)
+    progress, how = partial(progress_bar, leave=False), (args.group_pattern, args.resplit)
     collection = data.load(args.data, image_size, RUNS / "cache", progress, *how)
     paths, groups = collection.pictures.paths, len(np.unique(collection.groups))
     bad, others = collection.pictures.unreadable, collection.other_files
@@ -166,6 +178,7 @@ def run_config(
         **(asdict(settings) if settings else {}),
         "device": machine.device.type,
         "precision": "bf16" if machine.bf16 else "fp32",
+        "processes": PROCESSES,
         "threads": torch.get_num_threads(),
         "versions": {module.__name__: str(module.__version__) for module in (torch, np, PIL)}
         | {"python": platform.python_version()},
@@ -207,13 +220,6 @@ def print_written(out: Path, command: list[str]) -> None:
         print("next:", shlex.join(["python", "main.py", *command]))
 
 
-def test_part(collection: data.Collection, task: data.Task) -> evaluate.TestPart:
-    """The test part of a task, as evaluate.py takes it."""
-    rows, labels, groups = task.part("test")
-    paths = [collection.pictures.paths[row] for row in rows]
-    return evaluate.TestPart(task.name, task.classes, paths, labels, groups)
-
-
 # ---------------------------------------------------------------------------------------------
 # data
 # ---------------------------------------------------------------------------------------------
@@ -245,7 +251,7 @@ def survey(args: argparse.Namespace) -> None:
             report += f"It cannot be probed: {error}\n"
         print(report, end="")
         out = run_folder(args, f"data-{name}") / ("" if args.task or not args.out else name)
-        files = {"splits.csv": collection.split_table(task), "report.txt": report.lstrip()}
+        files = {"splits.csv": heads.split_table(collection, task), "report.txt": report.lstrip()}
         title = f"{name}: the nearest neighbour on 32x32 pixels"
         write(out, files | {"leak.png": evaluate.leak_picture(meter, title)})
         print_written(out, [])
@@ -259,40 +265,116 @@ def survey(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def note_signals() -> Iterator[list[int]]:
+    """Note Ctrl-C and SIGTERM down, so that a step can be finished; a second one quits at once.
+
+    Yields:
+        The numbers of the signals that have come.
+    """
+    noted: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        """Python calls this between any two instructions, even of a print: it only writes bytes."""
+        if noted:
+            os._exit(128 + number)
+        noted.append(number)
+        os.write(2, b"\nfinishing this step, then saving; once more quits at once\n" * (not RANK))
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def pretrain(args: argparse.Namespace) -> None:
-    """Learn an encoder from pictures without labels; leaves encoder.pt."""
+    """Learn an encoder from pictures without labels, or go on learning; leaves encoder.pt."""
     out, machine = run_folder(args, "pretrain"), choose_machine(args)
-    collection = load_data(args, args.image_size)
-    rows = collection.pretraining_rows()
-    settings = pretraining_settings(args, collection, len(rows))
-    values = {"arch": args.arch, "image_size": args.image_size, "leaked": False}
-    config = run_config(args, collection, machine, settings, **values, pictures=len(rows))
-    write(out, {"config.json": config})
-    torch.manual_seed(args.seed)  # the networks' first weights
-    encoder = simclr.ARCHITECTURES[args.arch]()
-    networks = torch.nn.ModuleList([encoder, simclr.ProjectionHead(encoder.feature_dim)])
-    networks.to(machine.device, memory_format=simclr.memory_format(machine.device, machine.bf16))
-    optimizer = simclr.adamw(networks, lr=settings.lr, weight_decay=settings.weight_decay)
-    images = torch.from_numpy(collection.pictures.squares(rows))[:, None]  # (n, 1, S, S) uint8
-    seen = torch.from_numpy(collection.pictures.hashes[rows])
-    steps = len(rows) // settings.batch_size
-    print(
-        f"pretrain {args.arch} on {len(rows):,} pictures at {args.image_size} px, "
-        f"{settings.epochs} epochs of {steps} steps of {settings.batch_size}, on {machine.text}"
-    )
-    records, saved = [], time.monotonic()
-    with tqdm(total=settings.epochs * steps, unit="step", desc="pretrain") as bar:
-        on_step = partial(show_step, bar, settings.batch_size)
-        for record in simclr.pretrain(
-            images.to(machine.device), *networks, optimizer, settings, machine.bf16, on_step
-        ):
-            records.append(record)
-            write(out, {"log.jsonl": records})
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                simclr.save_pretraining(out, *networks, optimizer, record["epoch"], config, seen)
-                saved = time.monotonic()
-    simclr.save_pretraining(out, *networks, optimizer, settings.epochs, config, seen)
-    finish_pretraining(args, out, records, collection)
+    with simclr.many_processes(PROCESSES, machine.device), ExitStack() as held:
+        collection = load_data(args, args.image_size)
+        rows = collection.pretraining_rows()
+        settings = pretraining_settings(args, collection, len(rows))
+        values = {"arch": args.arch, "image_size": args.image_size, "leaked": False}
+        config = run_config(args, collection, machine, settings, **values, pictures=len(rows))
+        torch.manual_seed(args.seed)  # the networks' first weights
+        run = simclr.Run(args.arch, settings, machine.device, machine.bf16)
+        state = simclr.on_every_rank(partial(open_run, held, out, config, args.restart))
+        if state:
+            run.restore(state)
+        if state and run.finished:
+            print(f"{out} holds this run, and it is finished; --restart would begin it anew")
+        else:
+            print(
+                f"pretrain {args.arch} on {len(rows):,} pictures at {args.image_size} px, "
+                f"{settings.epochs} epochs of {len(rows) // settings.batch_size} steps of "
+                f"{settings.batch_size}, on {machine.text}"
+            )
+            train(run, collection.pictures, rows, out, config)
+        if not RANK:
+            finish_pretraining(args, out, run.records, collection)
+
+
+def open_run(held: ExitStack, out: Path, config: dict, restart: bool) -> dict | None:
+    """Hold the run's folder, and see how far the run in it has come (`simclr.read_checkpoint`).
+
+    Args:
+        held: lets go of the folder when it is closed.
+    """
+    held.enter_context(data.locked(out, wait=False))
+    for leftover in out.glob(".*.tmp"):  # of a write that was killed
+        leftover.unlink()
+    if restart:
+        (out / "checkpoint.pt").unlink(missing_ok=True)
+    return simclr.read_checkpoint(out / "checkpoint.pt", config)
+
+
+def train(
+    run: simclr.Run, pictures: data.Pictures, rows: np.ndarray, out: Path, config: dict
+) -> None:
+    """Train a run to its end; show, log and save it on the way.
+
+    Args:
+        rows: which of the pictures to train on.
+
+    Raises:
+        SystemExit: a signal came; the run is saved, the status is 128 + the signal's number.
+    """
+    seen, steps = torch.from_numpy(pictures.hashes[rows]), len(rows) // run.settings.batch_size
+    done, total = len(run.records) * steps + run.step, run.settings.epochs * steps
+    if done:
+        print(f"goes on after step {run.step} of epoch {len(run.records) + 1}")
+    if not RANK:
+        write(out, {"config.json": config, "log.jsonl": run.records})
+
+    def save() -> float:
+        """Save the run; returns when to do so again."""
+        began = time.monotonic()
+        if not RANK:
+            simclr.save_run(run, out, config, seen)
+        took = time.monotonic() - began
+        run.seconds -= took  # they count training alone
+        return time.monotonic() + max(CHECKPOINT_SECONDS, took / CHECKPOINT_SHARE)
+
+    due = time.monotonic() + CHECKPOINT_SECONDS
+    bar = progress_bar(total=total, initial=done, unit="step", desc="pretrain")
+    with note_signals() as noted, bar:
+        for record in simclr.pretrain(run, pictures.cached["square"], pictures.place[rows]):
+            show_step(bar, run)
+            if record and not RANK:
+                write(out, {"log.jsonl": run.records})
+            number = simclr.on_any_rank(noted[0] if noted else 0)
+            if number or time.monotonic() > due:
+                due = save()
+            if number and not run.finished:
+                bar.close()
+                print(
+                    f"stopped after step {run.step} of epoch {len(run.records) + 1}, which is "
+                    "saved; the same command goes on from there (without --restart)"
+                )
+                raise SystemExit(128 + number)
+        save()
 
 
 def pretraining_settings(
@@ -302,25 +384,26 @@ def pretraining_settings(
     held = len(collection.pictures.paths) - len(collection.pictures.unreadable) - n
     tasks = f"the val and test groups of {', '.join(collection.tasks)}, and what was dropped"
     print(f"  held out of pretraining: {held:,} pictures ({tasks if held else 'no task is here'})")
-    if n < 2:
+    batch_size = min(args.batch_size, n // PROCESSES * PROCESSES)
+    if batch_size < 2:
         raise data.UserError(f"{n} pictures are left to pretrain on; contrasting takes at least 2")
-    if args.batch_size > n:
-        print(f"  the batch shrinks from {args.batch_size} to the {n} pictures there are")
+    if batch_size % PROCESSES:
+        raise data.UserError(
+            f"{PROCESSES} processes cannot share a --batch-size of {batch_size} evenly; give a "
+            f"multiple of {PROCESSES}, such as {batch_size // PROCESSES * PROCESSES + PROCESSES}"
+        )
+    if args.batch_size > batch_size:
+        print(f"  the batch shrinks from {args.batch_size} to {batch_size}: {n} pictures are there")
     names = ("epochs", "lr", "temperature", "chunk_size", "seed")
     values = {name: getattr(args, name) for name in names}
-    return simclr.Pretraining(batch_size=min(args.batch_size, n), **values)
+    return simclr.Pretraining(batch_size=batch_size, **values)
 
 
-def show_step(bar: tqdm, batch_size: int, step: int, sums: Tensor) -> None:
-    """Move the progress bar by a step; where it is redrawn, with the epoch's means so far.
-
-    Args:
-        batch_size: slices a step; the speed is given in slices, not in views.
-        step, sums: as `simclr.pretrain` hands them to its on_step.
-    """
-    if bar.update():  # True = redrawn. Reading the sums makes the device wait, so only then.
-        loss, accuracy, _ = (sums / step).tolist()
-        speed = (bar.format_dict["rate"] or 0) * batch_size
+def show_step(bar: tqdm, run: simclr.Run) -> None:
+    """Move the progress bar by a step; where it is redrawn, with the epoch's means so far."""
+    if bar.update() and run.step:  # True = redrawn. Reading sums makes the device wait: only then.
+        loss, accuracy, _ = (run.sums / run.step).tolist()
+        speed = (bar.format_dict["rate"] or 0) * run.settings.batch_size  # in slices, not in views
         text = f"loss {loss:.3f}, contrastive accuracy {accuracy:.2f}, {speed:.0f} images/s"
         bar.set_postfix_str(text)
 
@@ -370,17 +453,13 @@ def probe(args: argparse.Namespace) -> None:
     features = heads.representations(
         encoder, checkpoint, images, thumbnails, args.seed, *machine[:2]
     )
-    progress = partial(tqdm, total=args.epochs, unit="epoch", leave=False)
+    progress = partial(progress_bar, total=args.epochs, unit="epoch", leave=False)
     fits = heads.fit_probes(features, task, settings, progress)
-    test = test_part(collection, task)
+    test = heads.test_part(collection, task)
     results = {name: test.measure(probs) for name, (_, _, probs) in fits.items()}
     head, records, probs = fits["pretrained encoder"]
-    used = task.rows[np.isin(task.split, ("train", "val"))]
-    seen = torch.cat([checkpoint["seen"], torch.from_numpy(pictures.hashes[used])])
-    described = {"task": task.name, "classes": list(task.classes), "config": config}
-    trained = {"head": head.state_dict(), "head_type": "cosine_mlp", "seen": seen.unique(dim=0)}
-    simclr.save(checkpoint | described | trained, out / "classifier.pt")
-    splits = collection.split_table(task)
+    heads.save_classifier(out / "classifier.pt", checkpoint, head, collection, task, config)
+    splits = heads.split_table(collection, task)
     files = {"config.json": config, "log.jsonl": records, "splits.csv": splits}
     files |= {"curve.png": evaluate.training_picture(records, f"Probe of {task.name}", caption)}
     files |= evaluate.result_files(test, probs, results, task.notes, caption)
@@ -409,7 +488,7 @@ def score(args: argparse.Namespace) -> None:
     left_out = task.notes["dropped_for_a_group_it_has_seen"]
     dropped = task.notes["dropped_by_the_split"]
     print(f"  left out: {left_out:,} pictures of groups that it was trained on, {dropped:,} twins")
-    test, caption = test_part(collection, task), evaluate.leak_caption(leaked)
+    test, caption = heads.test_part(collection, task), evaluate.leak_caption(leaked)
     images = collection.pictures.squares(task.part("test")[0])
     probs = heads.classify(encoder, head, checkpoint, images, task.classes, *machine[:2])
     results = {"this classifier": test.measure(probs)}
@@ -417,7 +496,7 @@ def score(args: argparse.Namespace) -> None:
     values = {"task": name, "model": str(args.model.resolve()), "leaked": bool(leaked)}
     values["training"] = checkpoint["config"]
     files = {"config.json": run_config(args, collection, machine, None, **values)}
-    files |= {"splits.csv": collection.split_table(task)}
+    files |= {"splits.csv": heads.split_table(collection, task)}
     files |= evaluate.result_files(test, probs, results, task.notes, caption)
     write(out, files)
     print(files["report.txt"], end="")
@@ -555,6 +634,8 @@ def declare_training_flags(flag: Callable) -> None:
     part("pretrain", "--lr", type=positive, default=PUBLISHED["lr"], help=text)
     text = "softmax scale of NT-Xent in cosine units; lower stresses the hardest negatives"
     part("pretrain", "--temperature", type=positive, default=PUBLISHED["temperature"], help=text)
+    text = "begin anew, and replace what --out holds, where the same command would go on"
+    part("pretrain", "--restart", action="store_true", help=text)
     text = "moves first weights, order, views and dropout, never the split"
     part("pretrain probe", "--seed", type=whole(0), default=0, help=text)
 
@@ -567,14 +648,19 @@ def declare_training_flags(flag: Callable) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; status 0, or 2 for a mistake that one line on standard error explains."""
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     try:
         args = build_parser().parse_args(argv)
+        if PROCESSES > 1 and args.command != "pretrain":
+            raise data.UserError(f"{args.command} runs in one process: start it without torchrun")
         for name, value in PHANTOM_DEFAULTS.items():
             if getattr(args, name, 0) is None:
                 setattr(args, name, PUBLISHED[name] if args.data else value)
         args.run(args)
     except data.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not RANK:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -29,15 +29,22 @@ Next: evaluate.py
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
+
+DEVICE_SHARE = 0.25  # of a GPU's free memory, for the pictures; where they need more, they stream
+# What may change between two starts of a run: it moves the speed, and the last bits of the result.
+FREE = {"data", "device", "processes", "threads", "versions"}
 
 # ---------------------------------------------------------------------------------------------
 # The encoder: a ResNet (He et al., arXiv 1512.03385), with torchvision's parameter names
@@ -249,6 +256,7 @@ def adamw(*modules: nn.Module, lr: float, weight_decay: float) -> torch.optim.Ad
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ],
         lr=lr,
+        fused=True,  # one pass over the weights, not ten
     )
 
 
@@ -302,6 +310,92 @@ def memory_format(device: torch.device, bf16: bool) -> torch.memory_format:
 
 
 # ---------------------------------------------------------------------------------------------
+# Many processes: torchrun starts them, and each takes its share of every batch
+# ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def many_processes(count: int, device: torch.device) -> Iterator[None]:
+    """Meet the other processes that torchrun has started; alone, do nothing.
+
+    Args:
+        count: of all processes.
+        device: CUDA's tensors go by NCCL, the CPU's by gloo.
+    """
+    if count > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may decode for long
+    yield
+    if count > 1:
+        dist.destroy_process_group()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Which process this is, and of how many; (0, 1) when it is alone."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+def gather(z: Tensor) -> Tensor:
+    """The projections of all ranks; those of this one keep their graph.
+
+    Every rank then computes the loss of the whole batch, and its backward pass gives the exact
+    gradient of that loss with respect to its own projections: as positives, and as negatives of
+    everybody else's. What the ranks find adds up to the gradient (`add_up_gradients`).
+
+    Args:
+        z: (n, D), on every rank as many.
+
+    Returns:
+        (N, D) float32 or better, N = ranks times n, in the order of the ranks.
+    """
+    rank, world = rank_and_world()
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    if world == 1:
+        return z
+    parts = [torch.empty_like(z) for _ in range(world)]
+    dist.all_gather(parts, z.detach())
+    parts[rank] = z
+    return torch.cat(parts)
+
+
+def add_up_gradients(networks: nn.Module) -> None:
+    """Give every rank the sum of all ranks' gradients: each found the part that is due to its z."""
+    if rank_and_world()[1] == 1:
+        return
+    gradients = [p.grad for p in networks.parameters()]
+    message = torch.cat([g.flatten() for g in gradients])  # one message, not sixty
+    dist.all_reduce(message)
+    for g, part in zip(gradients, message.split([g.numel() for g in gradients]), strict=True):
+        g.copy_(part.view_as(g))
+
+
+def on_every_rank(make: Callable[[], object]) -> object:
+    """What `make` returns or raises (a UserError) on rank 0, on every rank."""
+    rank, world = rank_and_world()
+    found: list = [None, None]
+    if rank == 0:
+        try:
+            found[0] = make()
+        except data.UserError as error:
+            found[1] = str(error)
+    if world > 1:
+        dist.broadcast_object_list(found, device=torch.device("cpu"))
+    if found[1]:
+        raise data.UserError(found[1])
+    return found[0]
+
+
+def on_any_rank(flag: int) -> int:
+    """The largest of all ranks' flags, which are equal afterwards."""
+    if rank_and_world()[1] == 1:
+        return flag
+    flags = torch.tensor(flag)  # on the CPU, so that no rank waits for its GPU
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return int(flags)
+
+
+# ---------------------------------------------------------------------------------------------
 # Pretraining
 # ---------------------------------------------------------------------------------------------
 
@@ -321,16 +415,74 @@ class Pretraining:
     std: float = 0.5
 
 
-def embed(encoder: ResNet, projection_head: ProjectionHead, views: Tensor, bf16: bool) -> Tensor:
+class Run:
+    """A pretraining under way: what it has learnt and how far it is.
+
+    The next step depends on nothing else but the settings: its random numbers come from (seed,
+    epoch, step). So a run that is restored from its `state` goes on as if it had never stopped.
+
+    Args:
+        arch: one of ARCHITECTURES; the networks' first weights come from torch's own generator.
+        device: of the networks.
+        bf16: run the networks under bf16 autocast; the loss is float32 always.
+    """
+
+    def __init__(self, arch: str, settings: Pretraining, device: torch.device, bf16: bool) -> None:
+        encoder = ARCHITECTURES[arch]()
+        networks = nn.ModuleList([encoder, ProjectionHead(encoder.feature_dim)])
+        if device.type == "cuda" and rank_and_world()[1] > 1:  # on CPUs each has its own statistics
+            networks = nn.SyncBatchNorm.convert_sync_batchnorm(networks)
+        self.networks = networks.to(device, memory_format=memory_format(device, bf16)).train()
+        self.optimizer = adamw(networks, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.settings, self.device, self.bf16 = settings, device, bf16
+        self.records: list[dict[str, float]] = []  # one for each finished epoch
+        self.step = 0  # steps done in the epoch after these
+        self.sums = torch.zeros(3, device=device)  # of loss, accuracy, std over these steps
+        self.seconds, self.since = 0.0, time.perf_counter()  # of training, in these steps
+
+    def tick(self) -> None:
+        """Count the seconds since the last tick."""
+        now = time.perf_counter()
+        self.seconds, self.since = self.seconds + now - self.since, now
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return len(self.records) >= self.settings.epochs
+
+    def state(self) -> dict:
+        """All of it, as tensors and plain values; shared with the run, not copied."""
+        encoder, projection_head = self.networks
+        return {
+            "encoder": encoder.state_dict(),
+            "projection_head": projection_head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": len(self.records),
+            "step": self.step,
+            "sums": self.sums,
+            "seconds": self.seconds,
+            "records": self.records,
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go back to where `state` was taken."""
+        for part, network in zip(("encoder", "projection_head"), self.networks, strict=True):
+            network.load_state_dict(state[part])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.records = state["step"], state["seconds"], state["records"]
+        self.sums.copy_(state["sums"])
+
+
+def embed(networks: nn.ModuleList, views: Tensor, bf16: bool) -> Tensor:
     """The projections of views: (V, 1, S, S) float, normalised -> z: (V, D), bf16 if asked for."""
-    device = views.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        h = encoder(views.contiguous(memory_format=memory_format(device, bf16)))  # (V, E)
+    encoder, projection_head = networks
+    with torch.autocast(views.device.type, torch.bfloat16, enabled=bf16):
+        h = encoder(views.contiguous(memory_format=memory_format(views.device, bf16)))  # (V, E)
         return projection_head(h)  # (V, D)
 
 
 def backward_in_chunks(
-    networks: nn.ModuleList, view_a: Tensor, view_b: Tensor, settings: Pretraining, bf16: bool
+    networks: nn.ModuleList, views: Tensor, settings: Pretraining, bf16: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a whole batch and its gradients, in the memory of one chunk (2101.06983, §3.1).
 
@@ -344,146 +496,149 @@ def backward_in_chunks(
 
     Args:
         networks: encoder and projection head; gradients are added to their parameters'.
-        view_a, view_b: (N, 1, S, S) float.
-        settings: chunk_size in [1, N], and the temperature.
+        views: (2n, 1, S, S) float, the n second views below the n first.
+        settings: chunk_size in [1, n], and the temperature.
 
     Returns:
-        (loss (), z_a (N, D), z_b (N, D)), none with a graph.
+        (loss (), z_a (N, D), z_b (N, D)), none with a graph; N = n but for many processes.
     """
-    pairs = zip(*(v.split(settings.chunk_size) for v in (view_a, view_b)), strict=True)
+    pairs = zip(*(v.split(settings.chunk_size) for v in views.chunk(2)), strict=True)
     chunks = [torch.cat(pair) for pair in pairs]  # each (2 chunk_size, 1, S, S)
     with torch.no_grad():
-        z = [embed(*networks, chunk, bf16).chunk(2) for chunk in chunks]
-    z_a, z_b = (torch.cat(parts).requires_grad_() for parts in zip(*z, strict=True))  # (N, D) each
+        z = [embed(networks, chunk, bf16).chunk(2) for chunk in chunks]
+    own = [torch.cat(parts).requires_grad_() for parts in zip(*z, strict=True)]  # (n, D) each
+    z_a, z_b = (gather(z) for z in own)  # (N, D) each
     loss = nt_xent(z_a, z_b, settings.temperature)
-    gradients = [g.split(settings.chunk_size) for g in torch.autograd.grad(loss, (z_a, z_b))]
+    gradients = [g.split(settings.chunk_size) for g in torch.autograd.grad(loss, own)]
     statistics = [buffer.clone() for buffer in networks.buffers()]
     for chunk, *gradient in zip(chunks, *gradients, strict=True):
-        embed(*networks, chunk, bf16).backward(torch.cat(gradient))
+        embed(networks, chunk, bf16).backward(torch.cat(gradient))
     for buffer, kept in zip(networks.buffers(), statistics, strict=True):
         buffer.copy_(kept)
     return loss.detach(), z_a.detach(), z_b.detach()
 
 
-def pretrain(
-    images: Tensor,
-    encoder: ResNet,
-    projection_head: ProjectionHead,
-    optimizer: torch.optim.Optimizer,
-    settings: Pretraining,
-    bf16: bool = False,
-    on_step: Callable[[int, Tensor], None] = lambda step, sums: None,
-) -> Iterator[dict[str, float]]:
-    """Train encoder and projection head in place; yield one record after each epoch.
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that nobody waits for: CUDA fetches it from pinned memory."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def batches(images: Tensor | np.ndarray, order: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """Each batch's pictures on the device: (n, 1, S, S) uint8.
+
+    From an array, CUDA copies a batch beside the arithmetic of the step before: Python has long
+    come here when the device still computes, and the copy has a stream of its own.
 
     Args:
-        images: (n, 1, S, S) uint8, on the device of the networks; n >= batch_size >= 2. The
-            n mod batch_size slices left over in an epoch wait for the next one.
-        bf16: run the networks under bf16 autocast; the loss is float32 always.
-        on_step: called after each step with the steps done in this epoch and the running sums
-            (3,) of loss, contrastive accuracy and embedding std, on the device.
+        images: (m, S, S) uint8: a tensor on the device, or a memory-mapped array.
+        order: (steps, n) int64 on the CPU, rows of `images`.
+    """
+    if isinstance(images, Tensor):
+        for rows in to_device(order, device):
+            yield images[rows][:, None]
+        return
+    copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for rows in order.numpy():
+        batch = torch.from_numpy(images[rows])[:, None]
+        if copying:
+            with torch.cuda.stream(copying):
+                batch = to_device(batch, device)
+            torch.cuda.current_stream(device).wait_stream(copying)
+            batch.record_stream(torch.cuda.current_stream(device))  # its memory is in use there
+        yield batch.to(device)
+
+
+def pretrain(
+    run: Run, images: Tensor | np.ndarray, rows: np.ndarray
+) -> Iterator[dict[str, float] | None]:
+    """Train a run to its end, from wherever it is.
+
+    Under torchrun every rank calls this with the same arguments, and takes its share of each batch.
+
+    Args:
+        images: (m, S, S) uint8, as in `batches`. An array moves to a GPU that has room for it.
+        rows: (n,) int64, which of the images to train on; n >= batch_size >= 2. The n mod
+            batch_size slices left over in an epoch wait for the next one.
 
     Yields:
-        epoch (from 1), loss, lr, contrastive_accuracy, embedding_std: means over the epoch's steps;
-        images_per_second (slices, not views) and seconds of training alone.
+        After each step None or, after an epoch's last one, its record: epoch (from 1), loss, lr,
+        contrastive_accuracy, embedding_std: means over the epoch's steps; images_per_second
+        (slices, not views) and seconds of training alone.
     """
-    device, N = images.device, settings.batch_size
-    steps = len(images) // N
-    networks = nn.ModuleList([encoder, projection_head]).train()
-    for epoch in range(1, settings.epochs + 1):
-        began = time.perf_counter()
+    settings, networks, device = run.settings, run.networks, run.device
+    steps, (rank, world) = len(rows) // settings.batch_size, rank_and_world()
+    n = settings.batch_size // world
+    mine = torch.arange(rank * n, (rank + 1) * n)  # (n,) of the batch's N slices: this rank's share
+    both = torch.cat([mine, settings.batch_size + mine])  # (2n,) of its 2N views
+    room = torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE if device.type == "cuda" else 0
+    if isinstance(images, np.ndarray) and len(rows) * images[:1].nbytes <= room:
+        images, rows = torch.from_numpy(images[rows]).to(device), np.arange(len(rows))
+    run.since = time.perf_counter()
+    while not run.finished:
+        epoch = len(run.records) + 1
         # Step 0 of an epoch draws its order, step s >= 1 the views of its batch s.
-        order = torch.randperm(len(images), generator=data.generator_for(settings.seed, epoch, 0))
-        sums = torch.zeros(3, device=device)
-        for step in range(1, steps + 1):
-            done = (epoch - 1) * steps + step - 1
+        order = torch.randperm(len(rows), generator=data.generator_for(settings.seed, epoch, 0))
+        order = torch.from_numpy(rows)[order[: steps * settings.batch_size]].view(steps, -1)
+        for batch in batches(images, order[run.step :, mine], device):  # (n, 1, S, S) uint8
+            done = (epoch - 1) * steps + run.step
             lr = cosine_lr(done, settings.epochs * steps, settings.lr, settings.lr / 50)
-            set_lr(optimizer, lr)
-            batch = images[order[(step - 1) * N : step * N].to(device)]  # (N, 1, S, S) uint8
-            generator = data.generator_for(settings.seed, epoch, step)
-            view_a, view_b = data.random_views(batch, generator, settings.mean, settings.std)
-            optimizer.zero_grad()
-            if settings.chunk_size and settings.chunk_size < N:
-                loss, z_a, z_b = backward_in_chunks(networks, view_a, view_b, settings, bf16)
+            set_lr(run.optimizer, lr)
+            generator = data.generator_for(settings.seed, epoch, run.step + 1)
+            numbers = data.draw_views(2 * settings.batch_size, generator).rows(both)
+            numbers = data.ViewParameters(*(to_device(column, device) for column in numbers))
+            # Both views in one pass, so that batch norm sees one population, not two.
+            pairs = torch.cat([batch, batch])  # (2n, 1, S, S)
+            views = data.apply_views(pairs, numbers, settings.mean, settings.std)
+            run.optimizer.zero_grad()
+            if settings.chunk_size and settings.chunk_size < n:
+                loss, z_a, z_b = backward_in_chunks(networks, views, settings, run.bf16)
             else:
-                # Both views in one pass, so that batch norm sees one population, not two.
-                views = torch.cat([view_a, view_b])  # (2N, 1, S, S)
-                z_a, z_b = embed(*networks, views, bf16).chunk(2)  # (N, D) each
+                z_a, z_b = (gather(z) for z in embed(networks, views, run.bf16).chunk(2))  # (N, D)
                 loss = nt_xent(z_a, z_b, settings.temperature)
                 loss.backward()
-            optimizer.step()
-            sums += torch.stack([loss.detach(), *contrastive_statistics(z_a, z_b)])
-            on_step(step, sums)
-        yield epoch_record(epoch, lr, sums / steps, steps * N, began)
+            add_up_gradients(networks)
+            run.optimizer.step()
+            run.sums += torch.stack([loss.detach(), *contrastive_statistics(z_a, z_b)])
+            run.step += 1
+            run.tick()
+            yield finish_epoch(run, lr, steps) if run.step == steps else None
 
 
-def epoch_record(
-    epoch: int, lr: float, means: Tensor, pictures: int, began: float
-) -> dict[str, float]:
-    """What one epoch yields; see `pretrain`.
+def finish_epoch(run: Run, lr: float, steps: int) -> dict[str, float]:
+    """Record an epoch whose steps are done, and begin the next; see `pretrain`.
 
     Args:
-        means: (3,) loss, contrastive accuracy, embedding std.
-        began: when the epoch did, on time.perf_counter's clock.
+        lr: of the last step.
 
     Raises:
         UserError: the loss is no finite number; what was saved before is as it was.
     """
-    loss, accuracy, std = means.tolist()  # waits for the device, so the clock is read after it
-    seconds = time.perf_counter() - began
+    loss, accuracy, std = (run.sums / steps).tolist()  # waits for the device; the clock comes after
+    run.tick()
+    record = {"epoch": len(run.records) + 1, "loss": loss, "lr": lr}
     if not math.isfinite(loss):
         raise data.UserError(
-            f"the loss became {loss} in epoch {epoch} at learning rate {lr:.2g}; what was written "
-            "before is as it was; start again with a lower --lr"
+            f"the loss became {loss} in epoch {record['epoch']} at learning rate {lr:.2g}; what "
+            "was written before is as it was; start again with a lower --lr"
         )
-    return {
-        "epoch": epoch,
-        "loss": loss,
-        "lr": lr,
-        "contrastive_accuracy": accuracy,
-        "embedding_std": std,
-        "images_per_second": pictures / seconds,
-        "seconds": seconds,
-    }
-
-
-@torch.inference_mode()
-def encode(
-    encoder: ResNet,
-    images: np.ndarray,
-    mean: float,
-    std: float,
-    device: torch.device,
-    bf16: bool = False,
-    batch_size: int = 256,
-) -> Tensor:
-    """The representations of pictures as they are, without augmentation.
-
-    The encoder runs in eval mode, so batch norm uses (and keeps) its running statistics and a
-    picture's features do not depend on its neighbours; afterwards its mode is as it was.
-
-    Args:
-        images: (n, S, S) uint8.
-
-    Returns:
-        h: (n, E) float32 on the CPU.
-    """
-    was_training = encoder.training
-    encoder.eval()
-    features = []
-    for i in range(0, len(images), batch_size):
-        x = torch.from_numpy(np.array(images[i : i + batch_size]))[:, None].to(device)
-        x = (data.to_unit(x) - mean) / std  # (N, 1, S, S)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            h = encoder(x.contiguous(memory_format=memory_format(device, bf16)))
-        features.append(h.float().cpu())
-    encoder.train(was_training)
-    return torch.cat(features) if features else torch.zeros(0, encoder.feature_dim)
+    record |= {"contrastive_accuracy": accuracy, "embedding_std": std}
+    speed = steps * run.settings.batch_size / run.seconds
+    record |= {"images_per_second": speed, "seconds": run.seconds}
+    run.records, run.step, run.seconds = [*run.records, record], 0, 0.0
+    run.sums.zero_()
+    return record
 
 
 # ---------------------------------------------------------------------------------------------
 # Checkpoints: plain dicts of tensors and plain values, loadable with weights_only=True
 # ---------------------------------------------------------------------------------------------
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an exception says."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def save(checkpoint: dict, path: Path) -> None:
@@ -497,38 +652,60 @@ def save(checkpoint: dict, path: Path) -> None:
         torch.save(checkpoint, file)
 
 
-def save_pretraining(
-    out: Path,
-    encoder: ResNet,
-    projection_head: ProjectionHead,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    config: dict,
-    seen: Tensor,
-) -> None:
-    """Write checkpoint.pt, the state of the training, and encoder.pt, all that using it needs.
+def save_run(run: Run, out: Path, config: dict, seen: Tensor) -> None:
+    """Write encoder.pt, all that using it needs, then checkpoint.pt, all that going on needs.
 
     Args:
-        epoch: the last one that was finished.
-        config: of the run; image size, mean and std are copied out of it, to be found at once.
+        config: of the run; what describes the encoder is copied out of it, to be found at once.
         seen: (n, 16) uint8, the hashes of the pictures pretrained on, so that a probe can refuse
             a test part that holds one of them.
+
+    Raises:
+        UserError: a weight is no finite number.
     """
-    weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
+    state = run.state() | {"config": config}
+    weights = {name: value.cpu().contiguous() for name, value in state["encoder"].items()}
     if not all(value.isfinite().all() for value in weights.values()):
         raise data.UserError(
-            f"the weights are no finite numbers after epoch {epoch}; what was written before is as "
-            "it was; start again with a lower --lr"
+            f"the weights are no finite numbers after step {run.step} of epoch "
+            f"{state['epoch'] + 1}; what was written before is as it was; start again with "
+            "a lower --lr"
         )
-    both = {"encoder": weights, "epoch": epoch, "config": config}
-    training = {
-        "projection_head": projection_head.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    save(both | training, out / "checkpoint.pt")
     described = {key: config[key] for key in ("arch", "image_size", "mean", "std")}
-    described |= {"feature_dim": encoder.feature_dim, "seen": seen}
-    save(both | described, out / "encoder.pt")
+    described |= {"encoder": weights, "epoch": state["epoch"], "config": config, "seen": seen}
+    save(described | {"feature_dim": run.networks[0].feature_dim}, out / "encoder.pt")
+    save(state, out / "checkpoint.pt")  # last: when it says finished, all else is there
+
+
+def read_checkpoint(path: Path, config: dict) -> dict | None:
+    """The state of the run that a checkpoint.pt is of; None where there is none.
+
+    Args:
+        config: of the run that shall go on from it.
+
+    Raises:
+        UserError: it cannot be read, or is of a run with other settings.
+    """
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before, _ = state["config"], state["sums"]  # the second is missing in other checkpoints
+    except Exception as error:  # torch.load raises nearly anything on a file that isn't its own
+        raise data.UserError(
+            f"{path} cannot be resumed ({reason(error)}); --restart begins anew and replaces it"
+        ) from error
+    differ = [
+        f"{key} {str(before.get(key))[:12]} there, {str(value)[:12]} here"
+        for key, value in config.items()
+        if key not in FREE and before.get(key) != value
+    ]
+    if differ:
+        raise data.UserError(
+            f"{path} is of a run with other settings: {'; '.join(differ)}; give those to go on, "
+            "another --out for a second run, or --restart to begin anew and replace it"
+        )
+    return state
 
 
 def load_encoder(path: Path) -> tuple[ResNet, dict]:
@@ -554,6 +731,5 @@ def load_encoder(path: Path) -> tuple[ResNet, dict]:
             f"no encoder at {path}; make one with: python main.py pretrain, and the same --data"
         ) from None
     except Exception as error:  # torch.load raises nearly anything on a file that isn't its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise data.UserError(f"{path} cannot be used as an encoder.pt ({reason})") from error
+        raise data.UserError(f"{path} cannot be used as an encoder.pt ({reason(error)})") from error
     return encoder, checkpoint

@@ -11,6 +11,8 @@ import data
 import heads
 import simclr
 
+CPU, SCALING = torch.device("cpu"), {"mean": 0.5, "std": 0.5}
+
 
 def blobs(n: int, seed: int, spread: float = 0.8) -> tuple[torch.Tensor, torch.Tensor]:
     """Three clouds of features in 16 dimensions."""
@@ -101,11 +103,45 @@ def test_no_epochs_leave_the_head_as_it_was_and_no_validation_part_means_the_las
     assert not torch.equal(head.class_weights, before)
 
 
+def test_features_come_from_running_statistics_and_the_mode_is_restored():
+    """In train mode a picture's features would depend on its neighbours in the batch."""
+    encoder = simclr.resnet18()
+    encoder(torch.randn(8, 1, 32, 32))  # moves the running statistics
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32), dtype=np.uint8)
+    alone = heads.features_of(encoder, SCALING, images[:1], CPU)
+    together = heads.features_of(encoder, SCALING, images, CPU, batch_size=2)
+    assert encoder.training
+    assert together.shape == (5, 512) and together.dtype == torch.float32
+    assert torch.allclose(alone[0], together[0], atol=1e-5)
+    assert heads.features_of(encoder, SCALING, images[:0], CPU).shape == (0, 512)
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_dropout_silences_a_share_and_keeps_the_mean():
+    drop, x = heads.Dropout(0.3), torch.rand(400, 500) + 1
+    torch.manual_seed(0)
+    y = drop(x)
+    silent = y == 0
+    assert silent.float().mean().item() == pytest.approx(0.3, abs=0.005)  # 5 standard errors
+    assert torch.allclose(y[~silent], x[~silent] / 0.7)
+    assert silent.float().mean(dim=0).std().item() == pytest.approx(0.0229, abs=0.003)  # binomial
+    assert silent.float().mean(dim=1).std().item() == pytest.approx(0.0205, abs=0.003)
+    assert not torch.equal(silent, drop(x) == 0)
+    torch.manual_seed(0)
+    assert torch.equal(drop(x), y)
+    assert drop.eval()(x) is x
+    odd = heads.Dropout(0.5)(torch.ones(3, 3, dtype=torch.float64, requires_grad=True))
+    odd.sum().backward()
+    assert odd.dtype == torch.float64 and set(odd.flatten().tolist()) <= {0.0, 2.0}
+
+
 def test_probe_leaves_encoder_bitwise_unchanged():
     encoder = simclr.resnet18().train()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     drawn = [data.fit_square(data.draw_phantom(p)[0], 32) for p in data.phantom_paths()[:12]]
-    h = simclr.encode(encoder, np.stack(drawn), 0.5, 0.5, torch.device("cpu"))
+    h = heads.features_of(encoder, SCALING, np.stack(drawn), CPU)
     labels = torch.arange(12) % 2
     head = heads.CosineMLP(512, 2)
     list(heads.train_probe(head, (h, labels), (h, labels), heads.Probing(epochs=2)))

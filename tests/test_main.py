@@ -82,7 +82,10 @@ def test_pretrain_then_probe_writes_every_artifact(capsys):
     assert encoder["seen"].shape == (encoder["config"]["pictures"], 16)
     assert encoder["seen"].dtype == torch.uint8 and isinstance(encoder["mean"], float)
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert set(checkpoint) == {"encoder", "projection_head", "optimizer", "epoch", "config"}
+    assert set(checkpoint) == {
+        "encoder", "projection_head", "optimizer", "epoch", "step", "sums", "seconds", "records",
+        "config",
+    }  # fmt: skip
 
     assert main.main(["probe", "--task", "tumor", "--epochs", "5"]) == 0
     out = capsys.readouterr().out
@@ -141,8 +144,7 @@ def test_a_classifier_is_all_that_using_it_needs():
     head.load_state_dict(checkpoint["head"])
     rows = rows_of("runs/phantoms/probe-ms/predictions.csv")[:6]
     squares = [data.fit_square(data.draw_phantom(r["path"])[0], 32) for r in rows]
-    scaling = {"mean": checkpoint["mean"], "std": checkpoint["std"]}
-    h = simclr.encode(encoder, np.stack(squares), **scaling, device=torch.device("cpu"))
+    h = heads.features_of(encoder, checkpoint, np.stack(squares), torch.device("cpu"))
     probs = heads.probabilities(head, h).numpy()
     written = [[float(row[f"p_{name}"]) for name in checkpoint["classes"]] for row in rows]
     assert np.allclose(probs, written, atol=1e-5)
@@ -159,7 +161,7 @@ def test_real_folders_go_through_both_commands_and_batches_shrink(tmp_path, caps
     size = ["--image-size", "32"]
     assert main.main(["pretrain", "--data", "scans", "--epochs", "1", *size]) == 0
     out = capsys.readouterr().out
-    assert "the batch shrinks from 512 to the " in out
+    assert "the batch shrinks from 512 to 22: 22 pictures are there" in out
     assert "next: python main.py probe --data scans --task mine" in out
     assert main.main(["probe", "--data", "scans", "--task", "mine", "--epochs", "2"]) == 0
     assert not (tmp_path / "scans" / "runs").exists()
@@ -198,7 +200,7 @@ def test_the_split_is_the_same_for_every_seed(tmp_path):
     tables = []
     for seed in ("0", "1"):
         flags = ["--data", "scans", "--seed", seed]
-        main.main(["pretrain", *flags, "--epochs", "0", "--image-size", "32"])
+        main.main(["pretrain", *flags, "--epochs", "0", "--image-size", "32", "--restart"])
         main.main(["probe", *flags, "--task", "mine", "--epochs", "1"])
         tables.append(Path("runs/probe-mine/splits.csv").read_text())
     assert tables[0] == tables[1]
@@ -433,6 +435,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "no pictures below" in refused(capsys, "pretrain", "--data", "empty")
     main.main(["pretrain", "--epochs", "0"])
+    assert "epochs 0 there, 2 here" in refused(capsys, "pretrain")
     assert "found: alzheimer, ms" in refused(capsys, "probe", "--task", "liver")
     assert "--help" in refused(capsys, "probe")
     assert "whole number from 2" in refused(capsys, "pretrain", "--batch-size", "1")
@@ -447,7 +450,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(tmp_path, capsys):
     assert "is a file" in refused(capsys, "pretrain", "--out", "one/1.png/below")
     wrong = ("--encoder", "runs/phantoms/pretrain/checkpoint.pt")
     assert "encoder.pt is beside it" in refused(capsys, "probe", "--task", "tumor", *wrong)
-    assert "lower --lr" in refused(capsys, "pretrain", "--epochs", "2", "--lr", "1e30")
+    assert "lower --lr" in refused(capsys, "pretrain", "--restart", "--lr", "1e30")
     flat = ("probe", "--data", "one", "--task", "one")
     encoder = ("--encoder", "runs/phantoms/pretrain/encoder.pt")
     assert "two or more class folders" in refused(capsys, *flat, *encoder)

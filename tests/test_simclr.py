@@ -1,10 +1,14 @@
 """simclr.py: the loss against a double loop from the paper, the encoder against torchvision's."""
 
+import io
 import math
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
 from torch import Tensor
 
 import data
@@ -167,25 +171,36 @@ def test_weight_decay_spares_biases_and_norms():
     assert len(decayed["params"]) == 20 and len(spared["params"]) == 40
 
 
-def tiny_run(seed: int = 0, noise: int = 0) -> tuple[simclr.ResNet, list[dict]]:
-    """A few steps on 16 phantoms of 32 pixels; somebody else draws `noise` numbers at each."""
-    drawn = [data.draw_phantom(path)[0] for path in data.phantom_paths()[:: 3 * 11][:16]]
-    squares = np.stack([data.fit_square(gray, 32) for gray in drawn])
-    images = torch.from_numpy(squares)[:, None]  # (16, 1, 32, 32)
-    torch.manual_seed(seed)
-    encoder = simclr.resnet18()
-    projection_head = simclr.ProjectionHead(512)
-    settings = simclr.Pretraining(epochs=2, batch_size=8, seed=seed)
-    optimizer = simclr.adamw(encoder, projection_head, lr=settings.lr, weight_decay=1e-4)
-    epochs = simclr.pretrain(
-        images,
-        encoder,
-        projection_head,
-        optimizer,
-        settings,
-        on_step=lambda step, sums: torch.rand(noise),
-    )
-    return encoder, list(epochs)
+CPU = torch.device("cpu")
+
+
+def drawn(count: int) -> np.ndarray:
+    """Phantoms of as many patients, (count, 32, 32) uint8."""
+    paths = data.phantom_paths()[:: 3 * 11][:count]
+    return np.stack([data.fit_square(data.draw_phantom(path)[0], 32) for path in paths])
+
+
+def start(images: np.ndarray, **settings: object) -> simclr.Run:
+    """A run that has not begun; as many slices a batch as there are images, unless it is said."""
+    settings = simclr.Pretraining(**{"batch_size": len(images), "epochs": 2} | settings)
+    torch.manual_seed(settings.seed)
+    return simclr.Run("resnet18", settings, CPU, bf16=False)
+
+
+def finish(run: simclr.Run, images: np.ndarray) -> list[dict]:
+    """Train it to its end."""
+    for _ in simclr.pretrain(run, images, np.arange(len(images))):
+        pass
+    return run.records
+
+
+def tiny_run(seed: int = 0, noise: int = 0) -> simclr.Run:
+    """A few steps on 16 phantoms; somebody else draws `noise` numbers at each."""
+    images = drawn(16)
+    run = start(images, batch_size=8, seed=seed)
+    for _ in simclr.pretrain(run, images, np.arange(16)):
+        torch.rand(noise)
+    return run
 
 
 def test_pretraining_lowers_loss_on_a_tiny_batch():
@@ -195,13 +210,8 @@ def test_pretraining_lowers_loss_on_a_tiny_batch():
     waves = [
         np.sin((x * np.cos(a) + y * np.sin(a)) * p) for a, p in zip(angles, pitches, strict=True)
     ]
-    images = torch.from_numpy((127 + 100 * np.stack(waves)).astype(np.uint8))[:, None]
-    torch.manual_seed(0)
-    encoder = simclr.resnet18()
-    projection_head = simclr.ProjectionHead(512)
-    settings = simclr.Pretraining(epochs=20, batch_size=16, lr=1e-3, temperature=0.2)
-    optimizer = simclr.adamw(encoder, projection_head, lr=1e-3, weight_decay=1e-4)
-    records = list(simclr.pretrain(images, encoder, projection_head, optimizer, settings))
+    images = (127 + 100 * np.stack(waves)).astype(np.uint8)
+    records = finish(start(images, epochs=20, lr=1e-3, temperature=0.2), images)
     losses = [record["loss"] for record in records]
     assert abs(losses[0] - math.log(31)) < 0.3  # before learning: one of the 31 other views
     assert sum(losses[-5:]) / 5 < losses[0] - 0.5
@@ -209,27 +219,10 @@ def test_pretraining_lowers_loss_on_a_tiny_batch():
 
 
 def test_pretraining_repeats_to_the_bit_and_listens_to_the_seed():
-    first, _ = tiny_run()
-    again, _ = tiny_run(noise=5)  # a step draws from its own generator, whatever others draw
-    other, _ = tiny_run(seed=1)
-    assert torch.equal(first.conv1.weight, again.conv1.weight)
-    assert not torch.equal(first.conv1.weight, other.conv1.weight)
-
-
-def test_encode_uses_running_statistics_and_restores_the_mode():
-    """In train mode a picture's features would depend on its neighbours in the batch."""
-    encoder, _ = tiny_run()
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32), dtype=np.uint8)
-    cpu = torch.device("cpu")
-    encoder.train()
-    alone = simclr.encode(encoder, images[:1], 0.5, 0.5, cpu)
-    together = simclr.encode(encoder, images, 0.5, 0.5, cpu, batch_size=2)
-    assert encoder.training
-    assert together.shape == (5, 512) and together.dtype == torch.float32
-    assert torch.allclose(alone[0], together[0], atol=1e-5)
-    for name, value in encoder.state_dict().items():
-        assert torch.equal(value, before[name]), name
+    # a step draws from its own generator, whatever others draw
+    runs = tiny_run(), tiny_run(noise=5), tiny_run(seed=1)
+    first, again, other = (run.networks[0].conv1.weight for run in runs)
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_encoder_checkpoint_survives_the_round_trip_and_names_what_is_wrong(tmp_path):
@@ -246,15 +239,16 @@ def test_encoder_checkpoint_survives_the_round_trip_and_names_what_is_wrong(tmp_
         simclr.load_encoder(path)
 
 
+CONFIG = {"arch": "resnet18", "image_size": 32, "mean": 0.5, "std": 0.5}
+
+
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     """The loss of the last step is checked before the weights that it makes."""
-    encoder = simclr.resnet18()
+    run = start(drawn(2))
     with torch.no_grad():
-        encoder.conv1.weight[0, 0, 0, 0] = torch.nan
-    head = simclr.ProjectionHead(512)
-    optimizer = simclr.adamw(encoder, head, lr=1.0, weight_decay=0.0)
-    with pytest.raises(data.UserError, match="no finite numbers after epoch 3"):
-        simclr.save_pretraining(tmp_path, encoder, head, optimizer, 3, {}, torch.zeros(0, 16))
+        run.networks[0].conv1.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(data.UserError, match="no finite numbers after step 0 of epoch 1"):
+        simclr.save_run(run, tmp_path, CONFIG, torch.zeros(0, 16))
     assert not list(tmp_path.iterdir())
 
 
@@ -276,10 +270,11 @@ def test_chunks_add_up_to_the_gradients_of_the_plain_step(chunk):
     view_a, view_b = torch.randn(2, 6, 1, 32, 32, dtype=torch.float64)
     settings = simclr.Pretraining(chunk_size=chunk, temperature=0.2)
     plain, chunked = small_networks().eval(), small_networks().eval()
-    z_a, z_b = simclr.embed(*plain, torch.cat([view_a, view_b]), False).chunk(2)
+    views = torch.cat([view_a, view_b])
+    z_a, z_b = simclr.embed(plain, views, False).chunk(2)
     loss = simclr.nt_xent(z_a, z_b, 0.2)
     loss.backward()
-    ours, ours_a, ours_b = simclr.backward_in_chunks(chunked, view_a, view_b, settings, False)
+    ours, ours_a, ours_b = simclr.backward_in_chunks(chunked, views, settings, False)
     assert ours.item() == pytest.approx(loss.item(), abs=1e-12) and not ours.requires_grad
     assert torch.allclose(ours_a, z_a, atol=1e-12) and torch.allclose(ours_b, z_b, atol=1e-12)
     for theirs, mine in zip(gradients(plain), gradients(chunked), strict=True):
@@ -292,12 +287,13 @@ def test_in_training_chunks_have_their_own_batch_norm_and_move_its_statistics_on
     settings = simclr.Pretraining(chunk_size=2, temperature=0.2)
     slow, chunked = small_networks().train(), small_networks().train()
     z = [
-        simclr.embed(*slow, torch.cat([view_a[i : i + 2], view_b[i : i + 2]]), False).chunk(2)
+        simclr.embed(slow, torch.cat([view_a[i : i + 2], view_b[i : i + 2]]), False).chunk(2)
         for i in (0, 2, 4)
     ]
     z_a, z_b = (torch.cat(parts) for parts in zip(*z, strict=True))
     simclr.nt_xent(z_a, z_b, 0.2).backward()
-    simclr.backward_in_chunks(chunked, view_a, view_b, settings, False)
+    views = torch.cat([view_a, view_b])
+    simclr.backward_in_chunks(chunked, views, settings, False)
     for theirs, mine in zip(gradients(slow), gradients(chunked), strict=True):
         assert (theirs - mine).abs().max() < 1e-12 * max(1, theirs.abs().max())
     for theirs, mine in zip(slow.buffers(), chunked.buffers(), strict=True):
@@ -307,14 +303,143 @@ def test_in_training_chunks_have_their_own_batch_norm_and_move_its_statistics_on
 
 def test_a_run_in_chunks_sees_the_same_views_and_learns():
     """Seed, order and views do not know of chunks; of one step, only batch norm does."""
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 1, 32, 32), np.uint8))
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32), np.uint8)
     losses = []
     for chunk in (None, 8, 4):
-        torch.manual_seed(0)
-        encoder, head = simclr.resnet18(), simclr.ProjectionHead(512)
-        optimizer = simclr.adamw(encoder, head, lr=1e-3, weight_decay=0.0)
-        settings = simclr.Pretraining(epochs=3, batch_size=8, chunk_size=chunk)
-        records = simclr.pretrain(images, encoder, head, optimizer, settings)
+        records = finish(start(images, epochs=3, chunk_size=chunk), images)
         losses.append([record["loss"] for record in records])
     assert losses[0] == losses[1]
     assert losses[2] != losses[0] and losses[2][0] == pytest.approx(losses[0][0], abs=1.0)
+
+
+# --- stopping and going on ---------------------------------------------------------------------
+
+
+def same_weights(one: simclr.Run, other: simclr.Run) -> bool:
+    states = one.networks.state_dict(), other.networks.state_dict()
+    return all(torch.equal(*pair) for pair in zip(*(s.values() for s in states), strict=True))
+
+
+def untimed(records: list[dict]) -> list[dict]:
+    """Records without what a clock says."""
+    return [{k: v for k, v in r.items() if "second" not in k} for r in records]
+
+
+def test_a_run_restored_after_any_step_ends_as_if_it_had_never_stopped():
+    """To the bit: weights, statistics, and the means of an epoch that was cut in two."""
+    images = drawn(13)  # of three steps of four, one slice is left over in each epoch
+    first, files = start(images, batch_size=4), []
+    for _ in simclr.pretrain(first, images, np.arange(13)):
+        files.append(io.BytesIO())
+        torch.save(first.state(), files[-1])
+    for done, file in enumerate(files[:-1], start=1):
+        file.seek(0)
+        second = start(images, batch_size=4, lr=1.0)
+        with torch.no_grad():
+            for p in second.networks.parameters():
+                p.fill_(torch.nan)
+        second.settings = first.settings
+        second.restore(torch.load(file, weights_only=True))
+        assert (len(second.records), second.step) == divmod(done, 3)
+        finish(second, images)
+        assert same_weights(first, second)
+        assert untimed(first.records) == untimed(second.records)
+        assert all(record["seconds"] > 0 for record in second.records)
+
+
+def test_pictures_read_as_they_are_needed_train_as_those_that_lie_on_the_device(tmp_path):
+    images = drawn(16)
+    spread = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.uint8, (40, 32, 32))
+    rows = np.random.default_rng(0).permutation(40)[:16]
+    spread[rows] = images
+    runs = [start(images, batch_size=8) for _ in range(2)]
+    for _ in simclr.pretrain(runs[0], spread, rows):
+        pass
+    for _ in simclr.pretrain(runs[1], torch.from_numpy(images), np.arange(16)):
+        pass
+    assert same_weights(*runs) and untimed(runs[0].records) == untimed(runs[1].records)
+
+
+def test_a_checkpoint_of_other_settings_or_of_something_else_is_refused(tmp_path):
+    path, config = tmp_path / "checkpoint.pt", CONFIG | {"epochs": 2, "threads": 1}
+    assert simclr.read_checkpoint(path, config) is None
+    run = start(drawn(4))
+    simclr.save_run(run, tmp_path, config, torch.zeros(0, 16))
+    assert simclr.read_checkpoint(path, config | {"threads": 9})["step"] == 0
+    with pytest.raises(data.UserError, match="epochs 2 there, 3 here; lr None there, 1 here"):
+        simclr.read_checkpoint(path, config | {"epochs": 3, "lr": 1})
+    for content in (b"", b"no checkpoint", path.read_bytes()[:9999]):
+        path.write_bytes(content)
+        with pytest.raises(data.UserError, match="--restart begins anew"):
+            simclr.read_checkpoint(path, config)
+    simclr.save({"config": config}, path)  # as an earlier version might have written it
+    with pytest.raises(data.UserError, match="cannot be resumed"):
+        simclr.read_checkpoint(path, config)
+
+
+# --- many processes ----------------------------------------------------------------------------
+
+
+def projections(chunk_size: int | None) -> tuple[Tensor, list[Tensor]]:
+    """The loss of a batch of six slices and its gradients, in float64; a rank takes its share."""
+    rank, world = simclr.rank_and_world()
+    views = torch.randn(2, 6, 1, 32, 32, generator=data.generator_for(5), dtype=torch.float64)
+    views[:, 3:] *= 3  # what the second rank sees is unlike what the first one sees
+    views[1] += 0.3 * views[0]
+    views = torch.cat(list(views[:, rank * 6 // world : (rank + 1) * 6 // world]))
+    networks = small_networks().eval()
+    if chunk_size:
+        settings = simclr.Pretraining(chunk_size=chunk_size, temperature=0.2)
+        loss, _, _ = simclr.backward_in_chunks(networks, views, settings, False)
+    else:
+        z_a, z_b = (simclr.gather(z) for z in simclr.embed(networks, views, False).chunk(2))
+        loss = simclr.nt_xent(z_a, z_b, 0.2)
+        loss.backward()
+    simclr.add_up_gradients(networks)
+    return loss.detach(), gradients(networks)
+
+
+def a_step() -> list[Tensor]:
+    """The gradients of one step of the loop itself, without batch norm."""
+    images = drawn(8)
+    run = start(images, epochs=1, chunk_size=None)
+    run.networks.eval()
+    finish(run, images)
+    return gradients(run.networks)
+
+
+def refuse() -> None:
+    raise data.UserError("said by the first rank")
+
+
+def one_rank(rank: int, port: int, out: Path) -> None:
+    """What each of two processes does; runs in a process of its own."""
+    torch.set_num_threads(1)
+    rendezvous = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=2)
+    found = {"plain": projections(None), "chunks": projections(2), "loop": a_step()}
+    found["told"] = simclr.on_every_rank(lambda: simclr.rank_and_world()[0])
+    found["flag"] = simclr.on_any_rank(15 * rank)
+    with pytest.raises(data.UserError, match="said by the first rank"):
+        simclr.on_every_rank(refuse)
+    torch.save(found, out / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_find_the_gradients_of_one(tmp_path):
+    """A gather that drops the graph, or a mean where a sum belongs, points nearly the same way."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(one_rank, (port, tmp_path), nprocs=2)
+    alone = {"plain": projections(None), "chunks": projections(2)}
+    loop = a_step()
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, (loss, theirs) in alone.items():
+            assert found[name][0].item() == pytest.approx(loss.item(), abs=1e-12)
+            for ours, g in zip(found[name][1], theirs, strict=True):
+                assert (ours - g).norm() <= 1e-10 * g.norm(), name
+        for ours, g in zip(found["loop"], loop, strict=True):
+            assert (ours - g).norm() <= 1e-5 * g.norm()
+        assert found["told"] == 0 and found["flag"] == 15
