@@ -154,13 +154,13 @@ class KnownTask(NamedTuple):
 
     classes: tuple[str, ...]  # in the order in which they are reported
     aliases: dict[str, str] = {}
-    patient: str = ""
+    patient: Pattern | None = None
 
 
 KNOWN_TASKS = {
     "tumor": KnownTask(("glioma", "meningioma", "notumor", "pituitary"), {"no": "notumor"}),
     # "58 (1).jpg" is slice 1 of patient 58, and the numbers begin anew in each class folder.
-    "stroke": KnownTask(("normal", "stroke"), {}, r"^([^/]+/\d+) \(\d+\)\.\w+$"),
+    "stroke": KnownTask(("normal", "stroke"), {}, re.compile(r"^([^/]+/\d+) \(\d+\)\.\w+$")),
     "alzheimer": KnownTask(("non", "very_mild", "mild", "moderate"), {"verymild": "very_mild"}),
     "parkinson": KnownTask(("normal", "parkinson")),
     "ms": KnownTask(("no-lesion", "lesion"), {"no_lesion": "no-lesion"}),
@@ -181,7 +181,7 @@ MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 
 def is_picture(path: str) -> bool:
     """True where the ending or the first bytes say so: publishers name PNGs .jpg, or nothing."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    if not os.path.isfile(path) and os.path.exists(path):
         return False  # a pipe or a socket: opening it would wait for ever
     if os.path.splitext(path)[1].lower() in ENDINGS:
         return True
@@ -215,7 +215,8 @@ def list_pictures(root: Path) -> tuple[list[str], int]:
         pictures = [path for path in shown if is_picture(path)]
         found += pictures
         others += len(files) - len(pictures)
-    return sorted(Path(path).relative_to(root).as_posix() for path in found + closed), others
+    below = len(os.path.join(root, ""))
+    return sorted(path[below:] for path in found + closed), others
 
 
 class Source(NamedTuple):
@@ -686,19 +687,19 @@ def patient_pairs(paths: list[str], sources: list[Source], pattern: Pattern | No
             f"paths, such as {paths[0]!r}; mend it, or leave it out"
         )
     for row, path in enumerate(paths):
-        inside = "/".join((*plain_folders(path, pattern)[0], ""))
-        around = [s.folder for s in sources if inside.startswith(f"{s.folder}/".lstrip("/"))]
-        place, name, known = max(around, key=len, default=inside.split("/")[0]), "", ""
         if row in source_of:
             source, name = source_of[row]
             place, known = source.folder, KNOWN_TASKS.get(source.task, KnownTask(())).patient
+        else:
+            inside, name, known = "/".join((*plain_folders(path, pattern)[0], "")), "", None
+            around = [s.folder for s in sources if inside.startswith(f"{s.folder}/".lstrip("/"))]
+            place = max(around, key=len, default=inside.split("/")[0])
         asked = ((pattern, path), (PATIENT, path), (known, name))
-        found = [
-            match for ask, text in asked if ask and (match := re.search(ask, text)) and match[1]
-        ]
-        if found:
-            patient = re.sub(r"[-_ ]|(?<!\d)0+(?=\d)", "", found[0][1].lower())
-            everywhere = found[0].re is pattern or patient.startswith("oas1")
+        found = (match for ask, text in asked if ask and (match := ask.search(text)))
+        match = next((match for match in found if match[1]), None)
+        if match:
+            patient = re.sub(r"[-_ ]|(?<!\d)0+(?=\d)", "", match[1].lower())
+            everywhere = match.re is pattern or patient.startswith("oas1")
             pairs.append((first.setdefault(("" if everywhere else place, patient), row), row))
     return np.array(pairs, np.int64).reshape(-1, 2)
 
@@ -1063,10 +1064,10 @@ class Collection:
         return digest.hexdigest()
 
 
-def stamp(path: Path) -> str:
+def stamp(path: str) -> str:
     """A text that changes when the file does; '' where there is nothing to ask."""
     try:
-        found = path.stat()
+        found = os.stat(path)
     except OSError:  # a link to nowhere, a folder that may not be opened
         return ""
     return f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"  # the last: two names swapped
@@ -1086,7 +1087,7 @@ def list_folder(root: Path) -> tuple[dict[str, str], int]:
             f"no pictures below {root} ({others} other files); expected "
             f"{root}/<task>/<class>/*.png, or loose pictures for pretraining alone"
         )
-    return {path: stamp(root / path) for path in paths}, others
+    return {path: stamp(os.path.join(root, path)) for path in paths}, others
 
 
 def load(

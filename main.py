@@ -360,6 +360,7 @@ def train(
     due = time.monotonic() + CHECKPOINT_SECONDS
     bar = progress_bar(total=total, initial=done, unit="step", desc="pretrain")
     with note_signals() as noted, bar:
+        simclr.on_any_rank(0)  # waits until every rank listens to signals
         for record in simclr.pretrain(run, pictures.cached["square"], pictures.place[rows]):
             show_step(bar, run)
             if record and not RANK:

@@ -354,7 +354,7 @@ def test_a_jpegs_luma_is_what_pil_makes_of_its_colours(tmp_path):
 
 def cached(tmp_path: Path) -> np.ndarray:
     """The rows of the one cache file there is, as they are on disk."""
-    (file,) = (tmp_path / "cache").iterdir()
+    (file,) = (tmp_path / "cache").glob("*.rows")
     return np.fromfile(file, data.row_type(32))
 
 
