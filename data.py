@@ -113,9 +113,8 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
         fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     except BlockingIOError:
-        raise UserError(
-            f"another run is writing into {folder}; wait for its end, or give another --out"
-        ) from None
+        text = f"another run is writing into {folder}; wait for its end, or give another --out"
+        raise UserError(text) from None
     finally:
         os.close(held)
 
@@ -682,10 +681,8 @@ def patient_pairs(paths: list[str], sources: list[Source], pattern: Pattern | No
     first: dict[tuple[str, str], int] = {}
     pairs = []
     if pattern and not any(match[1] for match in map(pattern.search, paths) if match):
-        raise UserError(
-            f"--group-pattern {pattern.pattern!r} finds a patient in none of the {len(paths)} "
-            f"paths, such as {paths[0]!r}; mend it, or leave it out"
-        )
+        where = f"in none of the {len(paths)} paths, such as {paths[0]!r}"
+        raise UserError(f"--group-pattern {pattern.pattern!r} finds a patient {where}; mend it")
     for row, path in enumerate(paths):
         if row in source_of:
             source, name = source_of[row]
@@ -1029,20 +1026,6 @@ class Collection:
     tasks: dict[str, Task]
     other_files: int
 
-    def pretraining_rows(self) -> np.ndarray:
-        """(m,) int64: every picture but those whose group is in a val or test part of any task.
-
-        The pictures that a task dropped stay out too. This is what keeps an encoder from having
-        seen, without its label, the very picture (or patient) it is later tested on.
-        """
-        out = np.zeros(len(self.pictures.paths), bool)
-        for task in self.tasks.values():
-            held = task.groups[np.isin(task.split, ("val", "test"))]
-            out |= np.isin(self.groups, held)
-            out[task.rows[task.split == "dropped"]] = True
-        out[list(self.pictures.unreadable)] = True
-        return np.flatnonzero(~out)
-
     def task(self, name: str) -> Task:
         """The task called `name`.
 
@@ -1056,12 +1039,6 @@ class Collection:
                 "class folders, each with pictures"
             )
         return self.tasks[name]
-
-    def fingerprint(self) -> str:
-        """A digest of every path and every pixel: two runs with equal ones saw the same data."""
-        digest = hashlib.sha256("\n".join(self.pictures.paths).encode("utf8", "surrogateescape"))
-        digest.update(np.ascontiguousarray(self.pictures.hashes))
-        return digest.hexdigest()
 
 
 def stamp(path: str) -> str:
@@ -1083,10 +1060,8 @@ def list_folder(root: Path) -> tuple[dict[str, str], int]:
         raise UserError(f"{root} is not a folder; --data takes the folder that holds the scans")
     paths, others = list_pictures(root)
     if not paths:
-        raise UserError(
-            f"no pictures below {root} ({others} other files); expected "
-            f"{root}/<task>/<class>/*.png, or loose pictures for pretraining alone"
-        )
+        layout = f"{root}/<task>/<class>/*.png, or loose pictures for pretraining alone"
+        raise UserError(f"no pictures below {root} ({others} other files); expected {layout}")
     return {path: stamp(os.path.join(root, path)) for path in paths}, others
 
 

@@ -22,10 +22,12 @@ Shape letters: N pictures here (slices) · K classes · B resamples · G groups.
 Next: heads.py
 """
 
+import csv
+import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -333,80 +335,6 @@ def leak_meter(
     return meter | ({"by group": []} if len(first) < 2 else {})
 
 
-class Columns(NamedTuple):
-    """What is known of the N pictures of a task; a survey counts it."""
-
-    label: np.ndarray  # (N,) int64 in [0, K)
-    group: np.ndarray  # (N,) int64
-    part: np.ndarray  # (N,) str: the publisher's train, val, test, or ''
-    split: np.ndarray  # (N,) str: ours, or dropped
-    pixels: np.ndarray  # (N,) equal where the pixels are
-    row: np.ndarray  # (N,) int64 in the whole folder
-
-
-def survey(classes: Sequence[str], task: Columns, twins: np.ndarray, meter: dict) -> str:
-    """A task as a table, and in the sentences a person needs: what leaks, and what that is worth.
-
-    Args:
-        classes: K names.
-        twins: (m, 3) int64, the rows of two twins, and 1 where only their mirror is one.
-        meter: as `leak_meter` returns it.
-    """
-    N, copy = len(task.row), np.ones(len(task.row), bool)  # (N,) bool, True = seen before
-    copy[np.unique(task.pixels, return_index=True)[1]] = False
-    place = np.full(max(twins[:, :2].max(initial=0), task.row.max()) + 1, -1)
-    place[task.row] = np.arange(N)
-    twins = np.column_stack([place[twins[:, :2]], twins[:, 2]])  # -1 = of another task
-    twins = twins[twins.min(axis=1) >= 0]
-    has_twin = np.isin(np.arange(N), twins[:, :2])
-    header = ("class", "pictures", "groups", "duplicates", "have twins", *PARTS)
-    lines = ["".join(f"{name:>12}" for name in header)]
-    for k, name in (*enumerate(classes), (None, "all")):
-        of = np.ones(N, bool) if k is None else task.label == k
-        counts = [of.sum(), len(np.unique(task.group[of])), copy[of].sum(), has_twin[of].sum()]
-        counts += [(task.split[of] == name).sum() for name in PARTS]
-        name = name if len(name) <= 12 else name[:11] + "…"
-        lines.append(f"{name:>12}" + "".join(f"{count:12,}" for count in counts))
-    lines += publishers_leak(task, twins)
-    means = {name: f"{np.mean(v):.3f}" if v else "n/a" for name, v in meter.items()}
-    lines += [
-        f"Split by picture, {meter['recognised'][0]:.1%} of the tested pictures would have one of "
-        "their own group in training.",
-        f"Leak meter, the nearest neighbour on 32x32 pixels, mean of {LEAK_SPLITS} splits: "
-        f"{means['by picture']} by picture, {means['by group']} by group; always answering the "
-        f"commonest class: {means['commonest']}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def publishers_leak(task: Columns, twins: np.ndarray) -> list[str]:
-    """The sentence about twins between a publisher's Training and Testing; [] without Testing.
-
-    Args:
-        twins: (m, 3) int64, as in `survey`, but with places in the task for rows.
-    """
-    part, pixels = task.part, task.pixels
-    ends = part[twins[:, :2]]  # (m, 2)
-    across = twins[(ends == "test").any(axis=1) & (ends == "train").any(axis=1)]
-    if not len(across):
-        none = "As published, no Testing picture has a twin in Training."
-        return [none] if (part == "test").any() else []
-    swapped = part[across[:, 0]] == "train"
-    tested = np.where(swapped, across[:, 1], across[:, 0])
-    trained = np.where(swapped, across[:, 0], across[:, 1])
-    same = np.unique(tested[pixels[tested] == pixels[trained]])
-    found, straight = np.unique(tested), np.unique(tested[across[:, 2] == 0])
-    sharing = (part == "train") & np.isin(task.group, task.group[part == "test"])  # (N,) bool
-    left_out = (sharing & (task.split == "dropped")).sum()
-    left_out = "all" if left_out == sharing.sum() else f"{left_out:,}"
-    return [
-        f"As published, {len(found):,} of the {(part == 'test').sum():,} Testing pictures have a "
-        f"twin in Training: {len(same):,} pixel for pixel, {len(found) - len(straight):,} mirrored."
-        f" {sharing.sum():,} Training pictures share a group with one of Testing; {left_out} of "
-        "them are left out."
-    ]
-
-
 def leak_picture(meter: dict[str, list[float]], title: str) -> Image.Image:
     """Draw the leak meter: a bar for each way to split, with the range of its five splits.
 
@@ -627,6 +555,28 @@ def leak_caption(leaked: Sequence[str]) -> str:
         leaked: the test pictures that the classifier, or others of their groups, was trained on.
     """
     return f"LEAKED: {len(leaked)} test pictures or their groups were trained on" if leaked else ""
+
+
+def as_bytes(name: str, value: object) -> bytes:
+    """The contents of a file.
+
+    Args:
+        name: its ending says what `value` is: .json a plain value, .jsonl records, .csv rows, .png
+            a picture; a text else.
+    """
+    if name.endswith(".png"):
+        file = io.BytesIO()
+        value.save(file, "PNG")
+        return file.getvalue()
+    if name.endswith(".csv"):
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows(value)
+        value = table.getvalue()
+    elif name.endswith(".json"):
+        value = json.dumps(value, indent=2) + "\n"
+    elif name.endswith(".jsonl"):
+        value = "".join(json.dumps(record) + "\n" for record in value)
+    return value.encode("utf8", "surrogateescape")
 
 
 def result_files(

@@ -16,6 +16,7 @@ Next: main.py
 """
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -239,8 +240,8 @@ def features_of(
 def representations(
     encoder: simclr.ResNet,
     checkpoint: dict,
-    images: np.ndarray,
-    thumbnails: np.ndarray,
+    pictures: data.Pictures,
+    task: data.Task,
     seed: int,
     device: torch.device,
     bf16: bool,
@@ -249,22 +250,44 @@ def representations(
 
     Args:
         encoder, checkpoint: as `simclr.load_encoder` returns them.
-        images: (n, S, S) uint8.
-        thumbnails: (n, 32, 32) uint8, of the same pictures.
+        task: whose pictures, in the order of its rows.
         seed: of the untrained encoder's weights.
-        device, bf16: as in `simclr.encode`.
+        device, bf16: as in `features_of`.
 
     Returns:
         by name, (n, E) float32 on the CPU.
     """
     torch.manual_seed(seed)
     untrained = simclr.ARCHITECTURES[checkpoint["arch"]]()
-    pixels = torch.from_numpy(thumbnails).flatten(1)  # (n, 1024)
+    pixels = torch.from_numpy(pictures.thumbnails[task.rows]).flatten(1)  # (n, 1024)
+    images = pictures.squares(task.rows)
     return {
         "pretrained encoder": features_of(encoder, checkpoint, images, device, bf16),
         "untrained encoder": features_of(untrained, checkpoint, images, device, bf16),
         "raw 32x32 pixels": pixels.float() / 127.5 - 1,
     }
+
+
+def pretraining_rows(collection: data.Collection) -> np.ndarray:
+    """(m,) int64: every picture but those whose group is in a val or test part of any task.
+
+    The pictures that a task dropped stay out too. This is what keeps an encoder from having
+    seen, without its label, the very picture (or patient) it is later tested on.
+    """
+    out = np.zeros(len(collection.pictures.paths), bool)
+    for task in collection.tasks.values():
+        held = task.groups[np.isin(task.split, ("val", "test"))]
+        out |= np.isin(collection.groups, held)
+        out[task.rows[task.split == "dropped"]] = True
+    out[list(collection.pictures.unreadable)] = True
+    return np.flatnonzero(~out)
+
+
+def fingerprint(collection: data.Collection) -> str:
+    """A digest of every path and every pixel: two runs with equal ones saw the same data."""
+    digest = hashlib.sha256("\n".join(collection.pictures.paths).encode("utf8", "surrogateescape"))
+    digest.update(np.ascontiguousarray(collection.pictures.hashes))
+    return digest.hexdigest()
 
 
 def was_seen(collection: data.Collection, seen: np.ndarray) -> np.ndarray:
@@ -353,6 +376,79 @@ def check_split(task: data.Task) -> None:
                     f"{part} part; one patient's pictures are never split, that would test on what "
                     "was trained on: add other patients' pictures, or take the class out"
                 )
+
+
+def publishers_leak(task: data.Task, pixels: np.ndarray, twins: np.ndarray) -> list[str]:
+    """The sentence about twins between a publisher's Training and Testing; [] without Testing.
+
+    Args:
+        pixels: (N,) equal where the pixels are.
+        twins: (m, 3) int64, as in Collection, but with places in the task for rows.
+    """
+    part = task.parts
+    ends = part[twins[:, :2]]  # (m, 2)
+    across = twins[(ends == "test").any(axis=1) & (ends == "train").any(axis=1)]
+    if not len(across):
+        none = "As published, no Testing picture has a twin in Training."
+        return [none] if (part == "test").any() else []
+    swapped = part[across[:, 0]] == "train"
+    tested = np.where(swapped, across[:, 1], across[:, 0])
+    trained = np.where(swapped, across[:, 0], across[:, 1])
+    same = np.unique(tested[pixels[tested] == pixels[trained]])
+    found, straight = np.unique(tested), np.unique(tested[across[:, 2] == 0])
+    sharing = (part == "train") & np.isin(task.groups, task.groups[part == "test"])  # (N,) bool
+    left_out = (sharing & (task.split == "dropped")).sum()
+    left_out = "all" if left_out == sharing.sum() else f"{left_out:,}"
+    return [
+        f"As published, {len(found):,} of the {(part == 'test').sum():,} Testing pictures have a "
+        f"twin in Training: {len(same):,} pixel for pixel, {len(found) - len(straight):,} mirrored."
+        f" {sharing.sum():,} Training pictures share a group with one of Testing; {left_out} of "
+        "them are left out."
+    ]
+
+
+def survey(collection: data.Collection, task: data.Task, meter: dict) -> str:
+    """A task as a table, and in the sentences a person needs: what leaks, and what that is worth.
+
+    Args:
+        meter: as `evaluate.leak_meter` returns it.
+    """
+    N, pixels = len(task.rows), collection.pictures.names()[task.rows]
+    copy = np.ones(N, bool)  # (N,) bool, True = seen before
+    copy[np.unique(pixels, return_index=True)[1]] = False
+    place = np.full(len(collection.pictures.paths), -1)  # in this task; -1 = of another one
+    place[task.rows] = np.arange(N)
+    twins = np.column_stack([place[collection.twins[:, :2]], collection.twins[:, 2]])
+    twins = twins[twins.min(axis=1) >= 0]
+    has_twin = np.isin(np.arange(N), twins[:, :2])
+    header = ("class", "pictures", "groups", "duplicates", "have twins", *evaluate.PARTS)
+    lines = [f"task {task.name}, split: {task.notes['rule']}"]
+    lines.append("".join(f"{name:>12}" for name in header))
+    for k, name in (*enumerate(task.classes), (None, "all")):
+        of = np.ones(N, bool) if k is None else task.labels == k
+        counts = [of.sum(), len(np.unique(task.groups[of])), copy[of].sum(), has_twin[of].sum()]
+        counts += [(task.split[of] == name).sum() for name in evaluate.PARTS]
+        name = name if len(name) <= 12 else name[:11] + "…"
+        lines.append(f"{name:>12}" + "".join(f"{count:12,}" for count in counts))
+    lines += publishers_leak(task, pixels, twins)
+    means = {name: f"{np.mean(v):.3f}" if v else "n/a" for name, v in meter.items()}
+    lines += [
+        f"Split by picture, {meter['recognised'][0]:.1%} of the tested pictures would have one of "
+        "their own group in training.",
+        "Leak meter, the nearest neighbour on 32x32 pixels, mean of "
+        f"{evaluate.LEAK_SPLITS} splits: {means['by picture']} by picture, {means['by group']} by "
+        f"group; always answering the commonest class: {means['commonest']}.",
+    ]
+    known = np.isin(task.rows, collection.patients[:, 1]).sum()
+    hint = "." if known else "; --group-pattern says how names tell him."
+    lines.append(f"The patient is known of {known:,} of {N:,} pictures{hint}")
+    clash = task.notes["dropped_for_a_twin_with_another_label"]
+    lines += [f"{clash:,} pictures are left out: a twin has another label."] if clash else []
+    try:
+        check_split(task)
+    except data.UserError as error:
+        lines.append(f"It cannot be probed: {error}")
+    return "\n".join(lines) + "\n"
 
 
 def test_part(collection: data.Collection, task: data.Task) -> evaluate.TestPart:

@@ -13,9 +13,6 @@ Next: nothing; this is the last.
 """
 
 import argparse
-import csv
-import io
-import json
 import os
 import platform
 import re
@@ -25,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -44,8 +41,6 @@ RUNS = Path("runs")
 PUBLISHED = {"image_size": 128} | asdict(simclr.Pretraining())
 # On the phantoms a command takes minutes on a laptop; these settings, and no others, differ there.
 PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 32, "epochs": 12}
-CHECKPOINT_SECONDS = 60  # at most one checkpoint a minute,
-CHECKPOINT_SHARE = 0.01  # and at most this share of the time is spent on writing them
 # Which process this is and of how many, as torchrun says; only the first one writes and prints.
 RANK, PROCESSES = (int(os.environ.get(name, k)) for k, name in enumerate(("RANK", "WORLD_SIZE")))
 progress_bar = partial(tqdm, disable=RANK > 0)
@@ -118,14 +113,14 @@ def load_data(args: argparse.Namespace, image_size: int) -> data.Collection:
     Raises:
         UserError: the data cannot be read, or too many of its pictures (`data` shows them all).
     """
-    training = args.command in ("pretrain", "probe")
-    progress, how = partial(progress_bar, leave=False), (args.group_pattern, args.resplit)
-    collection = data.load(args.data, image_size, RUNS / "cache", progress, *how)
-    paths, groups = collection.pictures.paths, len(np.unique(collection.groups))
-    bad, others = collection.pictures.unreadable, collection.other_files
+    how = partial(progress_bar, leave=False), args.group_pattern, args.resplit
+    collection = data.load(args.data, image_size, RUNS / "cache", *how)
+    paths, bad = collection.pictures.paths, collection.pictures.unreadable
     where = args.data or "phantoms, drawn by code (--data takes your own scans)"
-    counts = f", {len(bad):,} unreadable" * bool(bad) + f", {others:,} other files" * bool(others)
-    print(f"{where}: {len(paths):,} pictures in {groups:,} groups{counts}")
+    print(
+        f"{where}: {len(paths):,} pictures in {len(np.unique(collection.groups)):,} groups, "
+        f"{len(bad):,} unreadable, {collection.other_files:,} other files"
+    )
     for row, why in bad.items():
         print(f"  left out, unreadable: {paths[row]!r} ({why})")
     least, share = data.MAX_UNREADABLE
@@ -134,16 +129,13 @@ def load_data(args: argparse.Namespace, image_size: int) -> data.Collection:
             f"{len(bad)} of {len(paths)} pictures below {where} cannot be read, the first is "
             f"{paths[min(bad)]!r} ({bad[min(bad)]}); replace or remove them"
         )
-    for task in collection.tasks.values():
+    for name, task in collection.tasks.items():
         counts = ", ".join(f"{(task.split == part).sum():,} {part}" for part in evaluate.PARTS)
-        if training:
-            print(f"  task {task.name} ({', '.join(task.classes)}): {counts}")
+        if args.command in ("pretrain", "probe"):
+            print(f"  task {name} ({', '.join(task.classes)}): {counts}")
         if task.notes["largest_group_is_suspect"]:
-            print(
-                f"  warning: one group holds {task.notes['largest_group']} of the "
-                f"{len(task.rows):,} pictures of {task.name}: one patient's, or near-twins that "
-                "have linked strangers into a chain"
-            )
+            size = f"{task.notes['largest_group']} of the {len(task.rows):,} pictures of {name}"
+            print(f"  warning: one group holds {size}: a patient, or strangers chained by twins")
     return collection
 
 
@@ -167,55 +159,32 @@ def run_config(
         settings: of the training, where there is one; its fields are written one by one.
         values: what else shaped the run.
     """
-    return {
-        "command": args.command,
-        "data": str(args.data.resolve()) if args.data else None,
-        "phantoms": args.data is None,
-        "fingerprint": collection.fingerprint(),
-        "group_pattern": args.group_pattern.pattern if args.group_pattern else None,
-        "resplit": args.resplit,
-        **values,
-        **(asdict(settings) if settings else {}),
-        "device": machine.device.type,
-        "precision": "bf16" if machine.bf16 else "fp32",
-        "processes": PROCESSES,
-        "threads": torch.get_num_threads(),
-        "versions": {module.__name__: str(module.__version__) for module in (torch, np, PIL)}
-        | {"python": platform.python_version()},
-    }
+    config = {"command": args.command, "data": str(args.data.resolve()) if args.data else None}
+    config |= {"phantoms": args.data is None, "fingerprint": heads.fingerprint(collection)}
+    config |= {"group_pattern": args.group_pattern.pattern if args.group_pattern else None}
+    config |= {"resplit": args.resplit, **values, **(asdict(settings) if settings else {})}
+    config |= {"device": machine.device.type, "precision": "bf16" if machine.bf16 else "fp32"}
+    config |= {"processes": PROCESSES, "threads": torch.get_num_threads()}
+    versions = {module.__name__: str(module.__version__) for module in (torch, np, PIL)}
+    return config | {"versions": versions | {"python": platform.python_version()}}
 
 
 def write(out: Path, files: dict[str, object]) -> None:
-    """Write files into a folder, each whole or not at all.
-
-    Args:
-        files: by name, whose ending says how: .json a value, .jsonl records, .csv rows, .png a
-            picture; a text else.
-    """
-    for name, value in files.items():
+    """Write files (by name, as `evaluate.as_bytes` takes them), each whole or not at all."""
+    for name, value in files.items() if not RANK else ():  # of many processes, the first one does
         with data.write_atomically(out / name) as file:
-            if name.endswith(".png"):
-                value.save(file, "PNG")
-                continue
-            if name.endswith(".json"):
-                value = json.dumps(value, indent=2) + "\n"
-            elif name.endswith(".jsonl"):
-                value = "".join(json.dumps(record) + "\n" for record in value)
-            elif name.endswith(".csv"):
-                table = io.StringIO()
-                csv.writer(table, lineterminator="\n").writerows(value)
-                value = table.getvalue()
-            file.write(value.encode("utf8", "surrogateescape"))
+            file.write(evaluate.as_bytes(name, value))
 
 
-def print_written(out: Path, command: list[str]) -> None:
-    """Say what lies where now, and what to type next.
+def conclude(out: Path, files: dict[str, object], command: list[str] | None = None) -> None:
+    """Write a command's files; print the report among them, what lies there, what to type next.
 
     Args:
-        out: the run's folder.
-        command: the next command's words after main.py; none = say nothing.
+        command: the next command's words after main.py.
     """
-    print(f"in {out}/ now: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    write(out, files)
+    print(files.get("report.txt", ""), end="")
+    print(f"in {out}/ now: {', '.join(sorted(path.name for path in out.glob('*')))}")
     if command:
         print("next:", shlex.join(["python", "main.py", *command]))
 
@@ -233,31 +202,17 @@ def survey(args: argparse.Namespace) -> None:
     for name in [args.task] if args.task else sorted(collection.tasks):
         task = collection.task(name)
         if not len(task.rows):
-            print(f"\ntask {name}: none of its pictures can be read")
+            print(f"task {name}: none of its pictures can be read")
             continue
-        known = np.isin(task.rows, collection.patients[:, 1]).sum()
         meter = evaluate.leak_meter(pictures.thumbnails[task.rows], task.labels, task.groups)
-        report = f"\ntask {name}, split: {task.notes['rule']}\n"
-        known_of = (task.labels, task.groups, task.parts, task.split, pictures.names()[task.rows])
-        columns = evaluate.Columns(*known_of, task.rows)
-        report += evaluate.survey(task.classes, columns, collection.twins, meter)
-        hint = "." if known else "; --group-pattern says how names tell him."
-        report += f"The patient is known of {known:,} of {len(task.rows):,} pictures{hint}\n"
-        clash = task.notes["dropped_for_a_twin_with_another_label"]
-        report += f"{clash:,} pictures are left out: a twin has another label.\n" if clash else ""
-        try:
-            heads.check_split(task)
-        except data.UserError as error:
-            report += f"It cannot be probed: {error}\n"
-        print(report, end="")
+        report = heads.survey(collection, task, meter)
         out = run_folder(args, f"data-{name}") / ("" if args.task or not args.out else name)
-        files = {"splits.csv": heads.split_table(collection, task), "report.txt": report.lstrip()}
+        files = {"splits.csv": heads.split_table(collection, task), "report.txt": report}
         title = f"{name}: the nearest neighbour on 32x32 pixels"
-        write(out, files | {"leak.png": evaluate.leak_picture(meter, title)})
-        print_written(out, [])
+        conclude(out, files | {"leak.png": evaluate.leak_picture(meter, title)})
     labelled = sum(len(task.rows) for task in collection.tasks.values())
     loose = len(pictures.paths) - len(pictures.unreadable) - labelled
-    print(f"\n{loose:,} readable pictures are of no task: not in class folders side by side")
+    print(f"{loose:,} readable pictures are of no task: not in class folders side by side")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -294,40 +249,21 @@ def pretrain(args: argparse.Namespace) -> None:
     out, machine = run_folder(args, "pretrain"), choose_machine(args)
     with simclr.many_processes(PROCESSES, machine.device), ExitStack() as held:
         collection = load_data(args, args.image_size)
-        rows = collection.pretraining_rows()
+        rows = heads.pretraining_rows(collection)
         settings = pretraining_settings(args, collection, len(rows))
         values = {"arch": args.arch, "image_size": args.image_size, "leaked": False}
         config = run_config(args, collection, machine, settings, **values, pictures=len(rows))
         torch.manual_seed(args.seed)  # the networks' first weights
         run = simclr.Run(args.arch, settings, machine.device, machine.bf16)
-        state = simclr.on_every_rank(partial(open_run, held, out, config, args.restart))
+        state = simclr.on_every_rank(partial(simclr.open_run, held, out, config, args.restart))
         if state:
             run.restore(state)
         if state and run.finished:
             print(f"{out} holds this run, and it is finished; --restart would begin it anew")
         else:
-            print(
-                f"pretrain {args.arch} on {len(rows):,} pictures at {args.image_size} px, "
-                f"{settings.epochs} epochs of {len(rows) // settings.batch_size} steps of "
-                f"{settings.batch_size}, on {machine.text}"
-            )
+            print(f"pretrain {args.arch} on {len(rows):,} pictures, on {machine.text}")
             train(run, collection.pictures, rows, out, config)
-        if not RANK:
-            finish_pretraining(args, out, run.records, collection)
-
-
-def open_run(held: ExitStack, out: Path, config: dict, restart: bool) -> dict | None:
-    """Hold the run's folder, and see how far the run in it has come (`simclr.read_checkpoint`).
-
-    Args:
-        held: lets go of the folder when it is closed.
-    """
-    held.enter_context(data.locked(out, wait=False))
-    for leftover in out.glob(".*.tmp"):  # of a write that was killed
-        leftover.unlink()
-    if restart:
-        (out / "checkpoint.pt").unlink(missing_ok=True)
-    return simclr.read_checkpoint(out / "checkpoint.pt", config)
+        finish_pretraining(args, out, run.records, collection)
 
 
 def train(
@@ -341,39 +277,28 @@ def train(
     Raises:
         SystemExit: a signal came; the run is saved, the status is 128 + the signal's number.
     """
-    seen, steps = torch.from_numpy(pictures.hashes[rows]), len(rows) // run.settings.batch_size
+    steps = len(rows) // run.settings.batch_size
     done, total = len(run.records) * steps + run.step, run.settings.epochs * steps
-    if done:
-        print(f"goes on after step {run.step} of epoch {len(run.records) + 1}")
-    if not RANK:
-        write(out, {"config.json": config, "log.jsonl": run.records})
-
-    def save() -> float:
-        """Save the run; returns when to do so again."""
-        began = time.monotonic()
-        if not RANK:
-            simclr.save_run(run, out, config, seen)
-        took = time.monotonic() - began
-        run.seconds -= took  # they count training alone
-        return time.monotonic() + max(CHECKPOINT_SECONDS, took / CHECKPOINT_SHARE)
-
-    due = time.monotonic() + CHECKPOINT_SECONDS
+    epochs = f"{run.settings.epochs} epochs of {steps} steps of {run.settings.batch_size}"
+    after = f"; goes on after step {run.step} of epoch {len(run.records) + 1}" * bool(done)
+    print(f"  {epochs} slices at {config['image_size']} px{after}")
+    write(out, {"config.json": config, "log.jsonl": run.records})
+    save = partial(simclr.save_run, run, out, config, torch.from_numpy(pictures.hashes[rows]))
+    due = time.monotonic() + simclr.CHECKPOINT_SECONDS
     bar = progress_bar(total=total, initial=done, unit="step", desc="pretrain")
     with note_signals() as noted, bar:
         simclr.on_any_rank(0)  # waits until every rank listens to signals
         for record in simclr.pretrain(run, pictures.cached["square"], pictures.place[rows]):
             show_step(bar, run)
-            if record and not RANK:
+            if record:
                 write(out, {"log.jsonl": run.records})
             number = simclr.on_any_rank(noted[0] if noted else 0)
             if number or time.monotonic() > due:
                 due = save()
             if number and not run.finished:
                 bar.close()
-                print(
-                    f"stopped after step {run.step} of epoch {len(run.records) + 1}, which is "
-                    "saved; the same command goes on from there (without --restart)"
-                )
+                print(f"stopped after step {run.step} of epoch {len(run.records) + 1}, and saved")
+                print("the same command goes on from there (without --restart)")
                 raise SystemExit(128 + number)
         save()
 
@@ -395,9 +320,8 @@ def pretraining_settings(
         )
     if args.batch_size > batch_size:
         print(f"  the batch shrinks from {args.batch_size} to {batch_size}: {n} pictures are there")
-    names = ("epochs", "lr", "temperature", "chunk_size", "seed")
-    values = {name: getattr(args, name) for name in names}
-    return simclr.Pretraining(batch_size=batch_size, **values)
+    given = {f.name: getattr(args, f.name) for f in fields(simclr.Pretraining) if f.name in args}
+    return simclr.Pretraining(**given | {"batch_size": batch_size})
 
 
 def show_step(bar: tqdm, run: simclr.Run) -> None:
@@ -417,17 +341,15 @@ def finish_pretraining(
     Args:
         records: of all epochs, as `simclr.pretrain` yields them; none after --epochs 0.
     """
-    write(out, {"log.jsonl": records, "curve.png": evaluate.pretraining_picture(records)})
     if records:
-        last, minutes = records[-1], sum(r["seconds"] for r in records) / 60
-        print(
-            f"epoch {last['epoch']}: loss {last['loss']:.3f}, contrastive accuracy "
-            f"{last['contrastive_accuracy']:.2f}, {last['images_per_second']:.0f} images/s; "
-            f"{minutes:.1f} minutes of training"
-        )
+        text = "epoch {epoch}: loss {loss:.3f}, contrastive accuracy {contrastive_accuracy:.2f}, "
+        text += "{images_per_second:.0f} images/s; {minutes:.1f} minutes of training"
+        print(text.format(**records[-1], minutes=sum(r["seconds"] for r in records) / 60))
     task = "tumor" if args.data is None else min(collection.tasks, default=None)
     encoder = ["--encoder", str(out / "encoder.pt")] if args.out else []
-    print_written(out, ["probe", *data_flags(args), "--task", task, *encoder] if task else [])
+    following = ["probe", *data_flags(args), "--task", task, *encoder] if task else []
+    files = {"log.jsonl": records, "curve.png": evaluate.pretraining_picture(records)}
+    conclude(out, files, following)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -450,10 +372,7 @@ def probe(args: argparse.Namespace) -> None:
     config = run_config(args, collection, machine, settings, **values)
     caption = evaluate.leak_caption(leaked)
     print(f"probe {task.name} with {path}, on {machine.text}")
-    images, thumbnails = pictures.squares(task.rows), pictures.thumbnails[task.rows]
-    features = heads.representations(
-        encoder, checkpoint, images, thumbnails, args.seed, *machine[:2]
-    )
+    features = heads.representations(encoder, checkpoint, pictures, task, args.seed, *machine[:2])
     progress = partial(progress_bar, total=args.epochs, unit="epoch", leave=False)
     fits = heads.fit_probes(features, task, settings, progress)
     test = heads.test_part(collection, task)
@@ -464,12 +383,10 @@ def probe(args: argparse.Namespace) -> None:
     files = {"config.json": config, "log.jsonl": records, "splits.csv": splits}
     files |= {"curve.png": evaluate.training_picture(records, f"Probe of {task.name}", caption)}
     files |= evaluate.result_files(test, probs, results, task.notes, caption)
-    write(out, files)
-    print(files["report.txt"], end="")
     later = [name for name in sorted(collection.tasks) if name > task.name]
     flags = data_flags(args) + (["--encoder", str(args.encoder)] if args.encoder else [])
     following = ["evaluate", *data_flags(args), "--model", str(out / "classifier.pt")]
-    print_written(out, ["probe", *flags, "--task", later[0]] if later else following)
+    conclude(out, files, ["probe", *flags, "--task", later[0]] if later else following)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -497,11 +414,9 @@ def score(args: argparse.Namespace) -> None:
     values = {"task": name, "model": str(args.model.resolve()), "leaked": bool(leaked)}
     values["training"] = checkpoint["config"]
     files = {"config.json": run_config(args, collection, machine, None, **values)}
-    files |= {"splits.csv": heads.split_table(collection, task)}
+    files["splits.csv"] = heads.split_table(collection, task)
     files |= evaluate.result_files(test, probs, results, task.notes, caption)
-    write(out, files)
-    print(files["report.txt"], end="")
-    print_written(out, [])
+    conclude(out, files)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -525,23 +440,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if plain else super()._get_help_string(action)
 
 
-def whole(low: int) -> Callable[[str], int]:
-    """An argparse type: a whole number not below `low`."""
+def number(kind: type, low: float) -> Callable[[str], float]:
+    """An argparse type: a finite number of a kind, from `low` up."""
 
-    def read(text: str) -> int:
+    def read(text: str) -> float:
         """The number in `text`."""
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} up")
-        return int(text)
+        value = kind(text)
+        if not low <= value < float("inf"):
+            raise ValueError
+        return value
 
+    read.__name__ = f"{kind.__name__} from {low} up"  # argparse prints it
     return read
-
-
-def positive(text: str) -> float:
-    """An argparse type: a number above 0."""
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return float(text)
 
 
 def pattern(text: str) -> re.Pattern:
@@ -615,7 +525,7 @@ def declare_data_flags(flag: Callable) -> None:
     text = "encoder; resnet50 has twice the parameters and four times the features"
     part("pretrain", "--arch", choices=tuple(simclr.ARCHITECTURES), default="resnet18", help=text)
     text = text_of("image_size", "side of the square pictures, in pixels")
-    part("data pretrain", "--image-size", type=whole(32), help=text)
+    part("data pretrain", "--image-size", type=number(int, 32), help=text)
     text = "go on although test pictures were trained on; every output then says so"
     part("probe evaluate", "--allow-leak", action="store_true", help=text)
 
@@ -624,21 +534,27 @@ def declare_training_flags(flag: Callable) -> None:
     """The flags that say how and on what to train."""
     part = partial(flag, "optimisation")
     text = text_of("batch_size", "slices a step; more negatives, more memory")
-    part("pretrain", "--batch-size", type=whole(2), help=text)
+    part("pretrain", "--batch-size", type=number(int, 2), help=text)
     text = "slices in memory at once, for a larger batch; the loss still is over the whole batch"
-    part("pretrain", "--chunk-size", type=whole(1), help=text)
+    part("pretrain", "--chunk-size", type=number(int, 1), help=text)
     text = text_of("epochs", "passes over the pictures; 0 leaves random weights")
-    part("pretrain", "--epochs", type=whole(0), help=text)
+    part("pretrain", "--epochs", type=number(int, 0), help=text)
     epochs = heads.Probing.epochs
-    part("probe", "--epochs", type=whole(0), default=epochs, help="passes over the features")
+    part("probe", "--epochs", type=number(int, 0), default=epochs, help="passes over the features")
     text = "learning rate at the start; halve it if the loss turns NaN"
-    part("pretrain", "--lr", type=positive, default=PUBLISHED["lr"], help=text)
+    part("pretrain", "--lr", type=number(float, 1e-12), default=PUBLISHED["lr"], help=text)
     text = "softmax scale of NT-Xent in cosine units; lower stresses the hardest negatives"
-    part("pretrain", "--temperature", type=positive, default=PUBLISHED["temperature"], help=text)
+    part(
+        "pretrain",
+        "--temperature",
+        type=number(float, 1e-12),
+        default=PUBLISHED["temperature"],
+        help=text,
+    )
     text = "begin anew, and replace what --out holds, where the same command would go on"
     part("pretrain", "--restart", action="store_true", help=text)
     text = "moves first weights, order, views and dropout, never the split"
-    part("pretrain probe", "--seed", type=whole(0), default=0, help=text)
+    part("pretrain probe", "--seed", type=number(int, 0), default=0, help=text)
 
     part = partial(flag, "machine", "pretrain probe evaluate")
     text = "auto takes CUDA, then Apple's MPS, then the CPU"

@@ -29,7 +29,7 @@ Next: evaluate.py
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +42,8 @@ from torch import Tensor, nn
 
 import data
 
+CHECKPOINT_SECONDS = 60  # at most one checkpoint a minute,
+CHECKPOINT_SHARE = 0.01  # and at most this share of the time is spent on writing them
 DEVICE_SHARE = 0.25  # of a GPU's free memory, for the pictures; where they need more, they stream
 # What may change between two starts of a run: it moves the speed, and the last bits of the result.
 FREE = {"data", "device", "processes", "threads", "versions"}
@@ -652,18 +654,23 @@ def save(checkpoint: dict, path: Path) -> None:
         torch.save(checkpoint, file)
 
 
-def save_run(run: Run, out: Path, config: dict, seen: Tensor) -> None:
+def save_run(run: Run, out: Path, config: dict, seen: Tensor) -> float:
     """Write encoder.pt, all that using it needs, then checkpoint.pt, all that going on needs.
+
+    Only rank 0 does. Saving is not training: its seconds are taken off the run's.
 
     Args:
         config: of the run; what describes the encoder is copied out of it, to be found at once.
         seen: (n, 16) uint8, the hashes of the pictures pretrained on, so that a probe can refuse
             a test part that holds one of them.
 
+    Returns:
+        When to save again at the earliest, on time.monotonic's clock.
+
     Raises:
         UserError: a weight is no finite number.
     """
-    state = run.state() | {"config": config}
+    began, state = time.monotonic(), run.state() | {"config": config}
     weights = {name: value.cpu().contiguous() for name, value in state["encoder"].items()}
     if not all(value.isfinite().all() for value in weights.values()):
         raise data.UserError(
@@ -673,8 +680,13 @@ def save_run(run: Run, out: Path, config: dict, seen: Tensor) -> None:
         )
     described = {key: config[key] for key in ("arch", "image_size", "mean", "std")}
     described |= {"encoder": weights, "epoch": state["epoch"], "config": config, "seen": seen}
-    save(described | {"feature_dim": run.networks[0].feature_dim}, out / "encoder.pt")
-    save(state, out / "checkpoint.pt")  # last: when it says finished, all else is there
+    described |= {"feature_dim": run.networks[0].feature_dim}
+    if rank_and_world()[0] == 0:
+        save(described, out / "encoder.pt")
+        save(state, out / "checkpoint.pt")  # last: when it says finished, all else is there
+    took = time.monotonic() - began
+    run.seconds -= took
+    return time.monotonic() + max(CHECKPOINT_SECONDS, took / CHECKPOINT_SHARE)
 
 
 def read_checkpoint(path: Path, config: dict) -> dict | None:
@@ -706,6 +718,21 @@ def read_checkpoint(path: Path, config: dict) -> dict | None:
             "another --out for a second run, or --restart to begin anew and replace it"
         )
     return state
+
+
+def open_run(held: ExitStack, out: Path, config: dict, restart: bool) -> dict | None:
+    """Hold a run's folder, and see how far the run in it has come (`read_checkpoint`).
+
+    Args:
+        held: lets go of the folder when it is closed.
+        restart: forget the run.
+    """
+    held.enter_context(data.locked(out, wait=False))
+    for leftover in out.glob(".*.tmp"):  # of a write that was killed
+        leftover.unlink()
+    if restart:
+        (out / "checkpoint.pt").unlink(missing_ok=True)
+    return read_checkpoint(out / "checkpoint.pt", config)
 
 
 def load_encoder(path: Path) -> tuple[ResNet, dict]:

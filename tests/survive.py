@@ -106,13 +106,15 @@ def run(kills: int) -> None:
     began = time.monotonic()
     check(end(begin("--out", "alone")) == 0, "a run that is left alone ends well")
     took = time.monotonic() - began
-    main.CHECKPOINT_SECONDS, main.CHECKPOINT_SHARE = 0.3, 1e9
+    simclr.CHECKPOINT_SECONDS, simclr.CHECKPOINT_SHARE = 0.3, 1e9
     left, ends, torn = kills, 0, 0
     while left:
         status = kill_after(random.uniform(0, took), signal.SIGKILL, "--out", "killed")
         torn += bool(list(Path("killed").glob(".*.tmp")))
         left -= status == -signal.SIGKILL
-        check(status in (0, -signal.SIGKILL), "a killed run was not stopped by a mistake of its own")
+        check(
+            status in (0, -signal.SIGKILL), "a killed run was not stopped by a mistake of its own"
+        )
         if status == 0 or not left:
             check(end(begin("--out", "killed")) == 0, "a run that was killed goes on to its end")
             compare("killed")

@@ -266,7 +266,9 @@ def test_unreadable_pictures_are_named_and_left_out(tmp_path):
     assert "BombWarning" in unreadable[paths.index("a/warned.png")]
     assert "cannot identify" in unreadable[paths.index("a/program.png")]  # nothing was started
     assert collection.other_files == 3
-    assert [paths[row] for row in collection.pretraining_rows()] == [f"a/{i}.png" for i in range(6)]
+    assert [paths[row] for row in heads.pretraining_rows(collection)] == [
+        f"a/{i}.png" for i in range(6)
+    ]
 
 
 def test_files_and_folders_that_may_not_be_opened_are_named(tmp_path, monkeypatch):
@@ -641,7 +643,7 @@ def test_loose_pictures_of_a_tested_patient_are_not_pretrained_on(tmp_path):
             save(tmp_path / "scans" / path, head(n := n + 1))
     collection = read(tmp_path / "scans", tmp_path)
     paths = collection.pictures.paths
-    taken = {paths[row] for row in collection.pretraining_rows()}
+    taken = {paths[row] for row in heads.pretraining_rows(collection)}
     for task in collection.tasks.values():
         for row in np.concatenate([task.part("test")[0], task.part("val")[0]]):
             number = paths[row].split("_")[-2].split("-")[-1]
@@ -658,7 +660,7 @@ def test_loose_pictures_belong_to_a_source_that_is_the_data_folder_itself(tmp_pa
         save(tmp_path / "scans" / "extra" / f"sub-{i:02d}_9.png", head(2 * i + 1))
     collection = read(tmp_path / "scans", tmp_path)
     assert collection.tasks["scans"].classes == ("a", "b")
-    taken = {collection.pictures.paths[row] for row in collection.pretraining_rows()}
+    taken = {collection.pictures.paths[row] for row in heads.pretraining_rows(collection)}
     assert not taken & {f"extra/sub-{i:02d}_9.png" for i in range(8, 12)}
     assert any(path.startswith("extra/") for path in taken)
 
@@ -731,7 +733,7 @@ def test_publishers_test_part_stays_and_its_twins_are_dropped_from_training(tmp_
     assert task.notes["dropped_for_a_group_in_test_or_val"] == 3
     assert set(task.notes["dropped_paths"]) == dropped
     assert sum(part == "val" for part in split.values()) == 6  # 15 % of the 20 groups of each class
-    assert not dropped & {collection.pictures.paths[r] for r in collection.pretraining_rows()}
+    assert not dropped & {collection.pictures.paths[r] for r in heads.pretraining_rows(collection)}
 
 
 COPIES = {
@@ -784,7 +786,7 @@ def test_no_copy_of_a_held_out_picture_is_learnt_from(tmp_path, how, where):
             sides.setdefault(group, set()).add(part)
         assert all(len(parts) == 1 for parts in sides.values())
         held = np.isin(collection.groups, task.groups[np.isin(task.split, ("val", "test"))])
-        assert held.sum() >= 6 and not held[collection.pretraining_rows()].any()
+        assert held.sum() >= 6 and not held[heads.pretraining_rows(collection)].any()
 
 
 def test_a_pattern_names_the_patients_and_one_that_matches_nothing_is_refused(tmp_path):
@@ -827,7 +829,7 @@ def test_an_id_that_the_pattern_finds_is_one_person_all_over_the_data(tmp_path):
 
     parts = [people(task.part(part)[0]) for part in ("train", "val", "test")]
     assert not parts[0] & parts[1] and not (parts[0] | parts[1]) & parts[2]
-    assert not people(collection.pretraining_rows()) & (parts[1] | parts[2])
+    assert not people(heads.pretraining_rows(collection)) & (parts[1] | parts[2])
 
 
 def test_a_folder_that_the_pattern_finds_is_a_patient_and_no_class(tmp_path):
@@ -908,7 +910,7 @@ def test_twins_with_different_labels_are_dropped_and_counted(tmp_path):
     assert task.notes["dropped_for_a_twin_with_another_label"] == 3
     assert len(task.notes["dropped_paths"]) == 3
     dropped = task.rows[task.split == "dropped"]
-    assert not np.isin(dropped, collection.pretraining_rows()).any()
+    assert not np.isin(dropped, heads.pretraining_rows(collection)).any()
 
 
 def test_pretraining_never_sees_a_held_out_group_of_any_task(tmp_path):
@@ -925,7 +927,7 @@ def test_pretraining_never_sees_a_held_out_group_of_any_task(tmp_path):
         save(root / "other" / "x" / f"{i}.png", head(50 + i))
         save(root / "other" / "y" / f"{i}.png", head(60 + i))
     collection = read(root, tmp_path)
-    pretraining = set(collection.pretraining_rows().tolist())
+    pretraining = set(heads.pretraining_rows(collection).tolist())
     held = set()
     for task in collection.tasks.values():
         held |= set(task.groups[np.isin(task.split, ("val", "test"))].tolist())

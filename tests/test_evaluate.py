@@ -252,29 +252,3 @@ def test_a_sample_is_asked_where_pictures_are_many(monkeypatch):
     assert np.mean(meter["by picture"]) > 0.95
     counted = [round(v * 50) for v in meter["by picture"]]
     assert len(counted) == 5
-
-
-def test_the_survey_counts_what_a_person_would_count():
-    """Six pictures: 0 and 3 are one picture, 1 and 4 mirror twins, across the publisher's parts."""
-    text = evaluate.survey(
-        ("sick", "well"),
-        evaluate.Columns(
-            label=np.array([0, 0, 1, 0, 0, 1]),
-            group=np.array([0, 1, 2, 0, 1, 5]),
-            part=np.array(["test", "test", "test", "train", "train", "train"]),
-            split=np.array(["test", "test", "test", "dropped", "dropped", "train"]),
-            pixels=np.array([b"a", b"b", b"c", b"a", b"d", b"e"]),
-            row=np.array([10, 11, 12, 13, 14, 15]),
-        ),
-        twins=np.array(
-            [[10, 13, 0], [11, 14, 1], [12, 15, 1], [2, 15, 0]]
-        ),  # row 2 is of another task
-        meter={"by picture": [1.0], "by group": [], "recognised": [0.5], "commonest": [0.75]},
-    )
-    sick, well, both = (line.split() for line in text.splitlines()[1:4])
-    assert sick == ["sick", "4", "2", "1", "4", "0", "0", "2", "2"]
-    assert well == ["well", "2", "2", "0", "2", "1", "0", "1", "0"]
-    assert both == ["all", "6", "4", "1", "6", "1", "0", "3", "2"]
-    assert "3 of the 3 Testing pictures have a twin in Training: 1 pixel for pixel, 2 mirr" in text
-    assert "2 Training pictures share a group with one of Testing; all of them are left out" in text
-    assert "50.0% of the tested" in text and "1.000 by picture, n/a by group" in text

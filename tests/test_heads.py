@@ -189,3 +189,36 @@ def test_a_classifiers_columns_are_matched_by_the_names_of_the_classes():
     assert np.array_equal(turned, known[:, [2, 0, 1]]) and not np.allclose(turned, known)
     with pytest.raises(data.UserError, match="classes a, b, and .* a, b, c"):
         heads.classify(encoder, head, checkpoint, images, ("a", "b"), device, False)
+
+
+def test_the_survey_counts_what_a_person_would_count():
+    """Six pictures: 0 and 3 are one picture, 1 and 4 mirror twins, across the publisher's parts."""
+    rows, hashes = np.arange(10, 16), np.zeros((16, 16), np.uint8)
+    hashes[:, 0] = [*range(100, 110), *b"abcade"]
+    nothing = np.zeros((0, 2), np.int64)
+    pictures = data.Pictures([""] * 16, None, hashes, {}, None, None)
+    # row 2 is of another task
+    twins = np.array([[10, 13, 0], [11, 14, 1], [12, 15, 1], [2, 15, 0]])
+    task = data.Task(
+        name="mine",
+        classes=("sick", "well"),
+        rows=rows,
+        labels=np.array([0, 0, 1, 0, 0, 1]),
+        groups=np.array([0, 1, 2, 0, 1, 5]),
+        parts=np.array(["test", "test", "test", "train", "train", "train"]),
+        split=np.array(["test", "test", "test", "dropped", "dropped", "train"]),
+        notes={"rule": "by hand", "dropped_for_a_twin_with_another_label": 2},
+    )
+    collection = data.Collection(pictures, twins, nothing, np.zeros(16), {"mine": task}, 0)
+    meter = {"by picture": [1.0], "by group": [], "recognised": [0.5], "commonest": [0.75]}
+    text = heads.survey(collection, task, meter)
+    sick, well, both = (line.split() for line in text.splitlines()[2:5])
+    assert sick == ["sick", "4", "2", "1", "4", "0", "0", "2", "2"]
+    assert well == ["well", "2", "2", "0", "2", "1", "0", "1", "0"]
+    assert both == ["all", "6", "4", "1", "6", "1", "0", "3", "2"]
+    assert "3 of the 3 Testing pictures have a twin in Training: 1 pixel for pixel, 2 mirr" in text
+    assert "2 Training pictures share a group with one of Testing; all of them are left out" in text
+    assert "50.0% of the tested" in text and "1.000 by picture, n/a by group" in text
+    assert "known of 0 of 6 pictures; --group-pattern says" in text
+    assert "2 pictures are left out: a twin has another label" in text
+    assert "It cannot be probed: class 'sick'" in text
