@@ -335,15 +335,17 @@ def leak_meter(
     return meter | ({"by group": []} if len(first) < 2 else {})
 
 
-def leak_picture(meter: dict[str, list[float]], title: str) -> Image.Image:
+def leak_picture(meter: dict[str, list[float]], task: str) -> Image.Image:
     """Draw the leak meter: a bar for each way to split, with the range of its five splits.
 
     Args:
         meter: as `leak_meter` returns it.
+        task: its name.
     """
     bars = (("split by picture", "by picture", LINES[1]), ("split by group", "by group", LINES[0]))
     bars += (("always the commonest class", "commonest", MUTED),)
     left, wide = 180, 200
+    title = f"{task}: the nearest neighbour on 32x32 pixels"
     image, draw = page(left + wide + 70, 46 + 34 * len(bars) + 10, title, "")
     for i, (label, key, color) in enumerate(bars):
         y, values = 52 + 34 * i, meter[key]

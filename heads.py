@@ -5,7 +5,7 @@ encoder may not change. So the encoder sees each picture once, in eval mode, and
 is trained on those features; seconds, not hours, and few labels are enough. The head is a cosine
 classifier: it compares directions, so a class cannot win by having longer weights, which helps
 where classes are unequal in size. A score counts only where nothing tested was trained on: the
-second half of this file sees to that, for a probe and for pictures from elsewhere.
+second half of this file sees to that: for pretraining, for a probe, for pictures from elsewhere.
 
     m = two times: Linear -> BatchNorm -> ReLU -> Dropout         (N, E) -> (N, 128)
     logits_k = s * cos(m, w_k),  s learnable, from 10    (Gidaris and Komodakis, 1804.09458, §3.2)
@@ -93,6 +93,11 @@ class CosineMLP(nn.Module):
         m = F.normalize(self.mlp(h), dim=1)  # (N, 128), unit rows
         w = F.normalize(self.class_weights, dim=1)  # (K, 128), unit rows
         return self.scale * m @ w.T  # (N, K)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training a head on features that were computed once
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ def probabilities(head: nn.Module, features: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
-# Probing a task, and a classifier elsewhere: what is trained on what, and what may be tested
+# A probe: the same head on the encoder's features, and on two that have learnt nothing
 # ---------------------------------------------------------------------------------------------
 
 
@@ -268,6 +273,34 @@ def representations(
     }
 
 
+def fit_probes(
+    features: dict[str, Tensor], task: data.Task, settings: Probing, progress: Callable
+) -> dict[str, tuple[CosineMLP, list[dict], np.ndarray]]:
+    """Train the same head on each representation; the val part chooses its epoch.
+
+    Args:
+        features: by name, (n, E) float32 of all the task's pictures in the order of `task.rows`.
+        progress: wraps the epochs of one head and shows how far they are, as tqdm does.
+
+    Returns:
+        by name: the head, a record for each epoch, probabilities (N, K) of the test part.
+    """
+    labels, fits = torch.from_numpy(task.labels), {}
+    train, val, test = (torch.from_numpy(task.split == p) for p in ("train", "val", "test"))
+    for name, h in features.items():
+        torch.manual_seed(settings.seed)  # the head's first weights
+        head = CosineMLP(h.shape[1], len(task.classes))
+        epochs = train_probe(head, (h[train], labels[train]), (h[val], labels[val]), settings)
+        records = list(progress(epochs, desc=f"head, {name}"))
+        fits[name] = head, records, probabilities(head, h[test]).numpy()
+    return fits
+
+
+# ---------------------------------------------------------------------------------------------
+# What may be trained on, and what may be tested
+# ---------------------------------------------------------------------------------------------
+
+
 def pretraining_rows(collection: data.Collection) -> np.ndarray:
     """(m,) int64: every picture but those whose group is in a val or test part of any task.
 
@@ -281,13 +314,6 @@ def pretraining_rows(collection: data.Collection) -> np.ndarray:
         out[task.rows[task.split == "dropped"]] = True
     out[list(collection.pictures.unreadable)] = True
     return np.flatnonzero(~out)
-
-
-def fingerprint(collection: data.Collection) -> str:
-    """A digest of every path and every pixel: two runs with equal ones saw the same data."""
-    digest = hashlib.sha256("\n".join(collection.pictures.paths).encode("utf8", "surrogateescape"))
-    digest.update(np.ascontiguousarray(collection.pictures.hashes))
-    return digest.hexdigest()
 
 
 def was_seen(collection: data.Collection, seen: np.ndarray) -> np.ndarray:
@@ -330,37 +356,6 @@ def refuse_leak(
     return leaked
 
 
-def fit_probes(
-    features: dict[str, Tensor], task: data.Task, settings: Probing, progress: Callable
-) -> dict[str, tuple[CosineMLP, list[dict], np.ndarray]]:
-    """Train the same head on each representation; the val part chooses its epoch.
-
-    Args:
-        features: by name, (n, E) float32 of all the task's pictures in the order of `task.rows`.
-        progress: wraps the epochs of one head and shows how far they are, as tqdm does.
-
-    Returns:
-        by name: the head, a record for each epoch, probabilities (N, K) of the test part.
-    """
-    labels, fits = torch.from_numpy(task.labels), {}
-    train, val, test = (torch.from_numpy(task.split == p) for p in ("train", "val", "test"))
-    for name, h in features.items():
-        torch.manual_seed(settings.seed)  # the head's first weights
-        head = CosineMLP(h.shape[1], len(task.classes))
-        epochs = train_probe(head, (h[train], labels[train]), (h[val], labels[val]), settings)
-        records = list(progress(epochs, desc=f"head, {name}"))
-        fits[name] = head, records, probabilities(head, h[test]).numpy()
-    return fits
-
-
-def split_table(collection: data.Collection, task: data.Task) -> list[tuple]:
-    """splits.csv, header first: path, label, group, split, pixel_hash (hexadecimal)."""
-    paths, hashes = collection.pictures.paths, collection.pictures.hashes
-    lines = zip(task.rows, task.labels, task.groups, task.split, strict=True)
-    rows = [(paths[r], task.classes[k], g, p, hashes[r].tobytes().hex()) for r, k, g, p in lines]
-    return [("path", "label", "group", "split", "pixel_hash"), *rows]
-
-
 def check_split(task: data.Task) -> None:
     """See that every class has pictures to train on and others to test with.
 
@@ -376,6 +371,71 @@ def check_split(task: data.Task) -> None:
                     f"{part} part; one patient's pictures are never split, that would test on what "
                     "was trained on: add other patients' pictures, or take the class out"
                 )
+
+
+def test_part(collection: data.Collection, task: data.Task) -> evaluate.TestPart:
+    """The test part of a task, as evaluate.py takes it."""
+    rows, labels, groups = task.part("test")
+    paths = [collection.pictures.paths[row] for row in rows]
+    return evaluate.TestPart(task.name, task.classes, paths, labels, groups)
+
+
+def unseen_part(
+    collection: data.Collection, task: data.Task, seen: np.ndarray, allowed: bool
+) -> tuple[data.Task, list[str]]:
+    """A task as one test part, for a classifier that may have been trained on some of it.
+
+    Args:
+        seen: (m, 16) uint8, what the classifier's checkpoint remembers. These pictures are dropped
+            with their groups; so is what the task drops anyway: twins with another label, and
+            those of a publisher's test picture, which would count twice.
+        allowed: --allow-leak was given: what it has seen is tested all the same.
+
+    Returns:
+        (the task with its new split; the paths of what was seen and is tested all the same)
+
+    Raises:
+        UserError: nothing is left.
+    """
+    before = task.split == "dropped"
+    known = was_seen(collection, seen)[task.rows] & ~before
+    dropped = before | (known & (not allowed))  # (n,) bool
+    paths = [collection.pictures.paths[row] for row in task.rows]
+    if dropped.all():
+        raise data.UserError(
+            f"no picture of {task.name} is left to test: the classifier was trained on "
+            f"{known.sum()} of {len(paths)} or on others of their groups, {before.sum()} more are "
+            f"dropped, the first is {paths[0] if paths else None!r}; give pictures from elsewhere, "
+            "or --allow-leak for a figure not to be believed"
+        )
+    notes = {
+        "rule": "everything the classifier has not seen",
+        "dropped_for_a_group_it_has_seen": 0 if allowed else int(known.sum()),
+        "dropped_by_the_split": int(before.sum()),
+        "dropped_paths": [path for path, out in zip(paths, dropped, strict=True) if out],
+    }
+    leaked = [path for path, out in zip(paths, known & allowed, strict=True) if out]
+    return replace(task, split=np.where(dropped, "dropped", "test"), notes=notes), leaked
+
+
+# ---------------------------------------------------------------------------------------------
+# What a task holds, as tables and in words
+# ---------------------------------------------------------------------------------------------
+
+
+def fingerprint(collection: data.Collection) -> str:
+    """A digest of every path and every pixel: two runs with equal ones saw the same data."""
+    digest = hashlib.sha256("\n".join(collection.pictures.paths).encode("utf8", "surrogateescape"))
+    digest.update(np.ascontiguousarray(collection.pictures.hashes))
+    return digest.hexdigest()
+
+
+def split_table(collection: data.Collection, task: data.Task) -> list[tuple]:
+    """splits.csv, header first: path, label, group, split, pixel_hash (hexadecimal)."""
+    paths, hashes = collection.pictures.paths, collection.pictures.hashes
+    lines = zip(task.rows, task.labels, task.groups, task.split, strict=True)
+    rows = [(paths[r], task.classes[k], g, p, hashes[r].tobytes().hex()) for r, k, g, p in lines]
+    return [("path", "label", "group", "split", "pixel_hash"), *rows]
 
 
 def publishers_leak(task: data.Task, pixels: np.ndarray, twins: np.ndarray) -> list[str]:
@@ -451,49 +511,9 @@ def survey(collection: data.Collection, task: data.Task, meter: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_part(collection: data.Collection, task: data.Task) -> evaluate.TestPart:
-    """The test part of a task, as evaluate.py takes it."""
-    rows, labels, groups = task.part("test")
-    paths = [collection.pictures.paths[row] for row in rows]
-    return evaluate.TestPart(task.name, task.classes, paths, labels, groups)
-
-
-def unseen_part(
-    collection: data.Collection, task: data.Task, seen: np.ndarray, allowed: bool
-) -> tuple[data.Task, list[str]]:
-    """A task as one test part, for a classifier that may have been trained on some of it.
-
-    Args:
-        seen: (m, 16) uint8, what the classifier's checkpoint remembers. These pictures are dropped
-            with their groups; so is what the task drops anyway: twins with another label, and
-            those of a publisher's test picture, which would count twice.
-        allowed: --allow-leak was given: what it has seen is tested all the same.
-
-    Returns:
-        (the task with its new split; the paths of what was seen and is tested all the same)
-
-    Raises:
-        UserError: nothing is left.
-    """
-    before = task.split == "dropped"
-    known = was_seen(collection, seen)[task.rows] & ~before
-    dropped = before | (known & (not allowed))  # (n,) bool
-    paths = [collection.pictures.paths[row] for row in task.rows]
-    if dropped.all():
-        raise data.UserError(
-            f"no picture of {task.name} is left to test: the classifier was trained on "
-            f"{known.sum()} of {len(paths)} or on others of their groups, {before.sum()} more are "
-            f"dropped, the first is {paths[0] if paths else None!r}; give pictures from elsewhere, "
-            "or --allow-leak for a figure not to be believed"
-        )
-    notes = {
-        "rule": "everything the classifier has not seen",
-        "dropped_for_a_group_it_has_seen": 0 if allowed else int(known.sum()),
-        "dropped_by_the_split": int(before.sum()),
-        "dropped_paths": [path for path, out in zip(paths, dropped, strict=True) if out],
-    }
-    leaked = [path for path, out in zip(paths, known & allowed, strict=True) if out]
-    return replace(task, split=np.where(dropped, "dropped", "test"), notes=notes), leaked
+# ---------------------------------------------------------------------------------------------
+# Classifiers, from one place to another
+# ---------------------------------------------------------------------------------------------
 
 
 def save_classifier(

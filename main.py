@@ -114,13 +114,15 @@ def load_data(args: argparse.Namespace, image_size: int) -> data.Collection:
         UserError: the data cannot be read, or too many of its pictures (`data` shows them all).
     """
     how = partial(progress_bar, leave=False), args.group_pattern, args.resplit
-    collection = data.load(args.data, image_size, RUNS / "cache", *how)
+    load = partial(data.load, args.data, image_size, RUNS / "cache", *how)
+    loaded: list[data.Collection] = []
+    # of many processes the first decodes, with a progress bar, and the others find all in the cache
+    simclr.on_every_rank(lambda: loaded.append(load()))
+    collection = loaded[0] if loaded else load()
     paths, bad = collection.pictures.paths, collection.pictures.unreadable
     where = args.data or "phantoms, drawn by code (--data takes your own scans)"
-    print(
-        f"{where}: {len(paths):,} pictures in {len(np.unique(collection.groups)):,} groups, "
-        f"{len(bad):,} unreadable, {collection.other_files:,} other files"
-    )
+    counts = f"{len(bad):,} unreadable, {collection.other_files:,} other files"
+    print(f"{where}: {len(paths):,} pictures in {collection.groups.max() + 1:,} groups, {counts}")
     for row, why in bad.items():
         print(f"  left out, unreadable: {paths[row]!r} ({why})")
     least, share = data.MAX_UNREADABLE
@@ -208,8 +210,7 @@ def survey(args: argparse.Namespace) -> None:
         report = heads.survey(collection, task, meter)
         out = run_folder(args, f"data-{name}") / ("" if args.task or not args.out else name)
         files = {"splits.csv": heads.split_table(collection, task), "report.txt": report}
-        title = f"{name}: the nearest neighbour on 32x32 pixels"
-        conclude(out, files | {"leak.png": evaluate.leak_picture(meter, title)})
+        conclude(out, files | {"leak.png": evaluate.leak_picture(meter, name)})
     labelled = sum(len(task.rows) for task in collection.tasks.values())
     loose = len(pictures.paths) - len(pictures.unreadable) - labelled
     print(f"{loose:,} readable pictures are of no task: not in class folders side by side")
@@ -261,7 +262,8 @@ def pretrain(args: argparse.Namespace) -> None:
         if state and run.finished:
             print(f"{out} holds this run, and it is finished; --restart would begin it anew")
         else:
-            print(f"pretrain {args.arch} on {len(rows):,} pictures, on {machine.text}")
+            size = f"{len(rows):,} pictures at {args.image_size} px"
+            print(f"pretrain {args.arch} on {size}, on {machine.text}")
             train(run, collection.pictures, rows, out, config)
         finish_pretraining(args, out, run.records, collection)
 
@@ -279,9 +281,9 @@ def train(
     """
     steps = len(rows) // run.settings.batch_size
     done, total = len(run.records) * steps + run.step, run.settings.epochs * steps
-    epochs = f"{run.settings.epochs} epochs of {steps} steps of {run.settings.batch_size}"
-    after = f"; goes on after step {run.step} of epoch {len(run.records) + 1}" * bool(done)
-    print(f"  {epochs} slices at {config['image_size']} px{after}")
+    print(f"  {run.settings.epochs} epochs of {steps} steps of {run.settings.batch_size} slices")
+    if done:
+        print(f"  goes on after step {run.step} of epoch {len(run.records) + 1}")
     write(out, {"config.json": config, "log.jsonl": run.records})
     save = partial(simclr.save_run, run, out, config, torch.from_numpy(pictures.hashes[rows]))
     due = time.monotonic() + simclr.CHECKPOINT_SECONDS

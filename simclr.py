@@ -11,11 +11,14 @@ what does not (pose, gain, noise). Afterwards the projection head is thrown away
     l(i, j) = -log( exp(sim(z_i, z_j) / tau) / sum_{k != i} exp(sim(z_i, z_k) / tau) )   (Eq. 1)
     L = mean of l over all 2N (anchor, positive) pairs                            (Algorithm 1)
 
-More negatives make a harder question, so batches are large; `backward_in_chunks` computes the loss
-and the gradients of a batch that memory has no room for.
+More negatives make a harder question, so batches are large: `backward_in_chunks` computes the loss
+and the gradients of a batch that memory has no room for, and torchrun spreads one over many
+processes. A `Run` can stop at any step and go on later, for a step draws its random numbers from
+(seed, epoch, step) and from nothing that ran before it.
 
 Shape letters: N slices in a batch (so 2N views) · C channels · H, W pixels · E encoder features ·
-D projection dimensions · K classes. Here also n pictures, S = image size.
+D projection dimensions · K classes. Here also n pictures, S = image size, and `share`: the slices
+of a batch that one process has (N where it is alone).
 
 Departures from the paper:
   - one input channel: scans are gray;
@@ -346,10 +349,10 @@ def gather(z: Tensor) -> Tensor:
     everybody else's. What the ranks find adds up to the gradient (`add_up_gradients`).
 
     Args:
-        z: (n, D), on every rank as many.
+        z: (share, D), on every rank as many.
 
     Returns:
-        (N, D) float32 or better, N = ranks times n, in the order of the ranks.
+        (N, D) float32 or better, in the order of the ranks.
     """
     rank, world = rank_and_world()
     z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -498,17 +501,17 @@ def backward_in_chunks(
 
     Args:
         networks: encoder and projection head; gradients are added to their parameters'.
-        views: (2n, 1, S, S) float, the n second views below the n first.
-        settings: chunk_size in [1, n], and the temperature.
+        views: (2 share, 1, S, S) float, the second views below the first.
+        settings: chunk_size in [1, share], and the temperature.
 
     Returns:
-        (loss (), z_a (N, D), z_b (N, D)), none with a graph; N = n but for many processes.
+        (loss (), z_a (N, D), z_b (N, D)), none with a graph.
     """
     pairs = zip(*(v.split(settings.chunk_size) for v in views.chunk(2)), strict=True)
     chunks = [torch.cat(pair) for pair in pairs]  # each (2 chunk_size, 1, S, S)
     with torch.no_grad():
         z = [embed(networks, chunk, bf16).chunk(2) for chunk in chunks]
-    own = [torch.cat(parts).requires_grad_() for parts in zip(*z, strict=True)]  # (n, D) each
+    own = [torch.cat(parts).requires_grad_() for parts in zip(*z, strict=True)]  # (share, D)
     z_a, z_b = (gather(z) for z in own)  # (N, D) each
     loss = nt_xent(z_a, z_b, settings.temperature)
     gradients = [g.split(settings.chunk_size) for g in torch.autograd.grad(loss, own)]
@@ -528,14 +531,14 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def batches(images: Tensor | np.ndarray, order: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """Each batch's pictures on the device: (n, 1, S, S) uint8.
+    """Each batch's pictures on the device: (share, 1, S, S) uint8.
 
     From an array, CUDA copies a batch beside the arithmetic of the step before: Python has long
     come here when the device still computes, and the copy has a stream of its own.
 
     Args:
         images: (m, S, S) uint8: a tensor on the device, or a memory-mapped array.
-        order: (steps, n) int64 on the CPU, rows of `images`.
+        order: (steps, share) int64 on the CPU, rows of `images`.
     """
     if isinstance(images, Tensor):
         for rows in to_device(order, device):
@@ -571,9 +574,9 @@ def pretrain(
     """
     settings, networks, device = run.settings, run.networks, run.device
     steps, (rank, world) = len(rows) // settings.batch_size, rank_and_world()
-    n = settings.batch_size // world
-    mine = torch.arange(rank * n, (rank + 1) * n)  # (n,) of the batch's N slices: this rank's share
-    both = torch.cat([mine, settings.batch_size + mine])  # (2n,) of its 2N views
+    share = settings.batch_size // world
+    mine = torch.arange(rank * share, (rank + 1) * share)  # (share,), which of the N slices
+    both = torch.cat([mine, settings.batch_size + mine])  # (2 share,), which of their 2N views
     room = torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE if device.type == "cuda" else 0
     if isinstance(images, np.ndarray) and len(rows) * images[:1].nbytes <= room:
         images, rows = torch.from_numpy(images[rows]).to(device), np.arange(len(rows))
@@ -583,7 +586,7 @@ def pretrain(
         # Step 0 of an epoch draws its order, step s >= 1 the views of its batch s.
         order = torch.randperm(len(rows), generator=data.generator_for(settings.seed, epoch, 0))
         order = torch.from_numpy(rows)[order[: steps * settings.batch_size]].view(steps, -1)
-        for batch in batches(images, order[run.step :, mine], device):  # (n, 1, S, S) uint8
+        for batch in batches(images, order[run.step :, mine], device):  # (share, 1, S, S) uint8
             done = (epoch - 1) * steps + run.step
             lr = cosine_lr(done, settings.epochs * steps, settings.lr, settings.lr / 50)
             set_lr(run.optimizer, lr)
@@ -591,10 +594,10 @@ def pretrain(
             numbers = data.draw_views(2 * settings.batch_size, generator).rows(both)
             numbers = data.ViewParameters(*(to_device(column, device) for column in numbers))
             # Both views in one pass, so that batch norm sees one population, not two.
-            pairs = torch.cat([batch, batch])  # (2n, 1, S, S)
+            pairs = torch.cat([batch, batch])  # (2 share, 1, S, S)
             views = data.apply_views(pairs, numbers, settings.mean, settings.std)
             run.optimizer.zero_grad()
-            if settings.chunk_size and settings.chunk_size < n:
+            if settings.chunk_size and settings.chunk_size < share:
                 loss, z_a, z_b = backward_in_chunks(networks, views, settings, run.bf16)
             else:
                 z_a, z_b = (gather(z) for z in embed(networks, views, run.bf16).chunk(2))  # (N, D)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -475,6 +476,100 @@ def test_a_class_of_one_patient_is_refused_and_never_split_by_picture(tmp_path, 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is missing")
 def test_a_missing_device_is_named(capsys):
     assert "no cuda device" in refused(capsys, "pretrain", "--device", "cuda")
+
+
+# --- stopping, going on, many processes --------------------------------------------------------
+
+
+def test_a_finished_run_says_so_and_a_new_one_has_to_be_asked_for(capsys):
+    command = ["pretrain", "--epochs", "1"]
+    assert main.main(command) == 0
+    run = Path("runs/phantoms/pretrain")
+    times = {path: path.stat().st_mtime_ns for path in (run / "checkpoint.pt", run / "encoder.pt")}
+    capsys.readouterr()
+    assert main.main(command) == 0
+    out = capsys.readouterr().out
+    assert "it is finished" in out and "next: python main.py probe" in out
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    error = refused(capsys, *command, "--seed", "1", "--chunk-size", "8")
+    assert "chunk_size None there, 8 here; seed 0 there, 1 here" in error and "--restart" in error
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    assert main.main([*command, "--seed", "1", "--restart"]) == 0
+    assert json.loads((run / "config.json").read_text())["seed"] == 1
+    (run / "checkpoint.pt").write_bytes(b"torn")
+    assert "cannot be resumed" in refused(capsys, *command)
+    assert (run / "checkpoint.pt").read_bytes() == b"torn"
+
+
+def test_a_signal_ends_a_run_after_its_step_and_the_next_start_goes_on(monkeypatch, capsys):
+    """Weights and log are those of a run that was never stopped; leftovers are cleared away."""
+    command = ["pretrain", "--batch-size", "8", "--epochs", "2"]
+    main.main([*command, "--out", "alone"])
+    shown, steps = main.show_step, []
+
+    def interrupt(bar: object, run: simclr.Run) -> None:
+        shown(bar, run)
+        steps.append(run.step)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(main, "show_step", interrupt)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        main.main([*command, "--out", "stopped"])
+    assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    out = capsys.readouterr().out
+    assert f"stopped after step {steps[4]} of epoch" in out and "goes on from there" in out
+    leftover = Path("stopped/.checkpoint.pt.1.tmp")
+    leftover.write_bytes(b"half")
+    done = len(steps)
+    assert main.main([*command, "--out", "stopped"]) == 0
+    assert f"goes on after step {steps[4]} of" in capsys.readouterr().out
+    assert not leftover.exists()
+    total = len(steps)
+    main.main([*command, "--out", "third"])
+    assert total == len(steps) - total and done == 5  # no step was done twice, none left out
+    weights = [torch.load(f"{out}/encoder.pt")["encoder"] for out in ("alone", "stopped")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    logs = [Path(out, "log.jsonl").read_text().splitlines() for out in ("alone", "stopped")]
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_runs_survive_kills_and_signals():
+    """Real processes; `python tests/survive.py --kills 100` is the long form."""
+    command = [sys.executable, str(HERE / "tests" / "survive.py"), "--kills", "3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 kills" in done.stdout and "the same bits" in done.stdout
+
+
+def torchrun(*words: str) -> subprocess.CompletedProcess:
+    """The command on two processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, str(HERE / "main.py"), *words, "--data", "scans", "--image-size", "32"]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_two_processes_share_a_run_and_one_goes_on_with_it(tmp_path, capsys):
+    plant(tmp_path / "scans")
+    done = torchrun("pretrain", "--epochs", "1", "--batch-size", "10", "--chunk-size", "4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held out of pretraining") == done.stdout.count("next: ") == 1
+    run = Path("runs/pretrain")
+    assert json.loads((run / "config.json").read_text())["processes"] == 2
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert checkpoint["epoch"] == 1 and len(checkpoint["records"]) == 1
+    # as if it had been stopped in its second epoch
+    checkpoint["config"]["epochs"] = 2
+    simclr.save(checkpoint, run / "checkpoint.pt")
+    command = ["pretrain", "--data", "scans", "--image-size", "32", "--batch-size", "10"]
+    assert main.main([*command, "--chunk-size", "4", "--epochs", "2"]) == 0
+    assert "goes on after step 0 of epoch 2" in capsys.readouterr().out
+    assert len((run / "log.jsonl").read_text().splitlines()) == 2
+    done = torchrun("pretrain", "--batch-size", "7", "--out", "odd")
+    assert done.returncode != 0 and done.stderr.count("error: 2 processes cannot share") == 1
+    assert "such as 8" in done.stderr and not Path("odd").exists()
 
 
 # --- from outside ------------------------------------------------------------------------------
