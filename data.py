@@ -469,7 +469,7 @@ def decode_share(
     unreadable, parent = {}, multiprocessing.parent_process()  # None where we are no worker
     if parent:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command itself
-    with open(file, "ab", buffering=1 << 24) as out, warnings.catch_warnings():
+    with open(file, "ab", buffering=1 << 26) as out, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata is nobody's concern, but a picture of more
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # than 89 megapixels is out
         for path, key in jobs:

@@ -114,8 +114,7 @@ def load_data(args: argparse.Namespace, image_size: int) -> data.Collection:
         UserError: the data cannot be read, or too many of its pictures (`data` shows them all).
     """
     how = partial(progress_bar, leave=False), args.group_pattern, args.resplit
-    load = partial(data.load, args.data, image_size, RUNS / "cache", *how)
-    loaded: list[data.Collection] = []
+    load, loaded = partial(data.load, args.data, image_size, RUNS / "cache", *how), []
     # of many processes the first decodes, with a progress bar, and the others find all in the cache
     simclr.on_every_rank(lambda: loaded.append(load()))
     collection = loaded[0] if loaded else load()
@@ -232,7 +231,7 @@ def note_signals() -> Iterator[list[int]]:
 
     def note(number: int, _: object) -> None:
         """Python calls this between any two instructions, even of a print: it only writes bytes."""
-        if noted:
+        if noted and PROCESSES == 1:  # torchrun may hand on what has come already
             os._exit(128 + number)
         noted.append(number)
         os.write(2, b"\nfinishing this step, then saving; once more quits at once\n" * (not RANK))
@@ -254,12 +253,13 @@ def pretrain(args: argparse.Namespace) -> None:
         settings = pretraining_settings(args, collection, len(rows))
         values = {"arch": args.arch, "image_size": args.image_size, "leaked": False}
         config = run_config(args, collection, machine, settings, **values, pictures=len(rows))
+        simclr.check_equal(config["fingerprint"])
         torch.manual_seed(args.seed)  # the networks' first weights
         run = simclr.Run(args.arch, settings, machine.device, machine.bf16)
         state = simclr.on_every_rank(partial(simclr.open_run, held, out, config, args.restart))
         if state:
             run.restore(state)
-        if state and run.finished:
+        if state and run.finished and simclr.on_every_rank((out / "encoder.pt").exists):
             print(f"{out} holds this run, and it is finished; --restart would begin it anew")
         else:
             size = f"{len(rows):,} pictures at {args.image_size} px"
@@ -370,10 +370,10 @@ def probe(args: argparse.Namespace) -> None:
     leaked = heads.refuse_leak(collection, task, checkpoint["seen"].numpy(), args.allow_leak)
     settings = heads.Probing(epochs=args.epochs, seed=args.seed)
     values = {"task": task.name, "encoder": str(path.resolve()), "leaked": bool(leaked)}
-    values["pretraining"] = checkpoint["config"]
+    values |= {"pretraining": checkpoint["config"], "pretraining_epoch": checkpoint["epoch"]}
     config = run_config(args, collection, machine, settings, **values)
     caption = evaluate.leak_caption(leaked)
-    print(f"probe {task.name} with {path}, on {machine.text}")
+    print(f"probe {task.name} with {path} of epoch {checkpoint['epoch']}, on {machine.text}")
     features = heads.representations(encoder, checkpoint, pictures, task, args.seed, *machine[:2])
     progress = partial(progress_bar, total=args.epochs, unit="epoch", leave=False)
     fits = heads.fit_probes(features, task, settings, progress)
@@ -452,7 +452,7 @@ def number(kind: type, low: float) -> Callable[[str], float]:
             raise ValueError
         return value
 
-    read.__name__ = f"{kind.__name__} from {low} up"  # argparse prints it
+    read.__name__ = f"{'whole ' * (kind is int)}number from {low} up"  # argparse prints it
     return read
 
 

@@ -45,10 +45,12 @@ from torch import Tensor, nn
 
 import data
 
+RUN_FILES = ("checkpoint.pt", "encoder.pt", "log.jsonl", "curve.png", "config.json")
 CHECKPOINT_SECONDS = 60  # at most one checkpoint a minute,
 CHECKPOINT_SHARE = 0.01  # and at most this share of the time is spent on writing them
 DEVICE_SHARE = 0.25  # of a GPU's free memory, for the pictures; where they need more, they stream
-# What may change between two starts of a run: it moves the speed, and the last bits of the result.
+# What may change between two starts of a run: it moves the speed and the last bits of the result
+# (and processes on CPUs, which have a batch norm each, a little more).
 FREE = {"data", "device", "processes", "threads", "versions"}
 
 # ---------------------------------------------------------------------------------------------
@@ -385,7 +387,7 @@ def on_every_rank(make: Callable[[], object]) -> object:
         except data.UserError as error:
             found[1] = str(error)
     if world > 1:
-        dist.broadcast_object_list(found, device=torch.device("cpu"))
+        dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
     if found[1]:
         raise data.UserError(found[1])
     return found[0]
@@ -395,9 +397,19 @@ def on_any_rank(flag: int) -> int:
     """The largest of all ranks' flags, which are equal afterwards."""
     if rank_and_world()[1] == 1:
         return flag
-    flags = torch.tensor(flag)  # on the CPU, so that no rank waits for its GPU
+    flags = torch.tensor(int(flag))  # on the CPU, so that no rank waits for its GPU
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return int(flags)
+
+
+def check_equal(value: str) -> None:
+    """See that every rank has the same, such as the fingerprint of its data.
+
+    Raises:
+        UserError: one has not; raised on all of them.
+    """
+    if on_any_rank(on_every_rank(lambda: value) != value):
+        raise data.UserError("the processes have read different pictures; give all the same --data")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -507,14 +519,16 @@ def backward_in_chunks(
     Returns:
         (loss (), z_a (N, D), z_b (N, D)), none with a graph.
     """
-    pairs = zip(*(v.split(settings.chunk_size) for v in views.chunk(2)), strict=True)
-    chunks = [torch.cat(pair) for pair in pairs]  # each (2 chunk_size, 1, S, S)
+    # Even chunks: in a small last one, batch norm would see next to nothing, and gradients burst.
+    count = -(-len(views) // (2 * settings.chunk_size))
+    pairs = zip(*(v.tensor_split(count) for v in views.chunk(2)), strict=True)
+    chunks = [torch.cat(pair) for pair in pairs]  # each (at most 2 chunk_size, 1, S, S)
     with torch.no_grad():
         z = [embed(networks, chunk, bf16).chunk(2) for chunk in chunks]
     own = [torch.cat(parts).requires_grad_() for parts in zip(*z, strict=True)]  # (share, D)
     z_a, z_b = (gather(z) for z in own)  # (N, D) each
     loss = nt_xent(z_a, z_b, settings.temperature)
-    gradients = [g.split(settings.chunk_size) for g in torch.autograd.grad(loss, own)]
+    gradients = [g.tensor_split(count) for g in torch.autograd.grad(loss, own)]
     statistics = [buffer.clone() for buffer in networks.buffers()]
     for chunk, *gradient in zip(chunks, *gradients, strict=True):
         embed(networks, chunk, bf16).backward(torch.cat(gradient))
@@ -626,7 +640,7 @@ def finish_epoch(run: Run, lr: float, steps: int) -> dict[str, float]:
     if not math.isfinite(loss):
         raise data.UserError(
             f"the loss became {loss} in epoch {record['epoch']} at learning rate {lr:.2g}; what "
-            "was written before is as it was; start again with a lower --lr"
+            "was saved before is as it was; start again with --restart and a lower --lr"
         )
     record |= {"contrastive_accuracy": accuracy, "embedding_std": std}
     speed = steps * run.settings.batch_size / run.seconds
@@ -678,8 +692,8 @@ def save_run(run: Run, out: Path, config: dict, seen: Tensor) -> float:
     if not all(value.isfinite().all() for value in weights.values()):
         raise data.UserError(
             f"the weights are no finite numbers after step {run.step} of epoch "
-            f"{state['epoch'] + 1}; what was written before is as it was; start again with "
-            "a lower --lr"
+            f"{state['epoch'] + 1}; what was saved before is as it was; start again with "
+            "--restart and a lower --lr"
         )
     described = {key: config[key] for key in ("arch", "image_size", "mean", "std")}
     described |= {"encoder": weights, "epoch": state["epoch"], "config": config, "seen": seen}
@@ -692,8 +706,10 @@ def save_run(run: Run, out: Path, config: dict, seen: Tensor) -> float:
     return time.monotonic() + max(CHECKPOINT_SECONDS, took / CHECKPOINT_SHARE)
 
 
-def read_checkpoint(path: Path, config: dict) -> dict | None:
-    """The state of the run that a checkpoint.pt is of; None where there is none.
+def read_checkpoint(out: Path, config: dict) -> dict | None:
+    """The state of the run whose checkpoint.pt is in a folder; None where there is none.
+
+    An encoder.pt without it (it is large, and may have been deleted) still says of which run it is.
 
     Args:
         config: of the run that shall go on from it.
@@ -701,26 +717,27 @@ def read_checkpoint(path: Path, config: dict) -> dict | None:
     Raises:
         UserError: it cannot be read, or is of a run with other settings.
     """
-    if not path.exists():
+    path = next((out / name for name in RUN_FILES[:2] if (out / name).exists()), None)
+    if path is None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        before, _ = state["config"], state["sums"]  # the second is missing in other checkpoints
+        before, _ = state["config"], state["seen" if path.name == "encoder.pt" else "sums"]
     except Exception as error:  # torch.load raises nearly anything on a file that isn't its own
         raise data.UserError(
             f"{path} cannot be resumed ({reason(error)}); --restart begins anew and replaces it"
         ) from error
+    changed = [key for key in config if key not in FREE and before.get(key) != config[key]]
+    values = {key: f"{before.get(key)!s:.30} there, {config[key]!s:.30} here" for key in changed}
     differ = [
-        f"{key} {str(before.get(key))[:12]} there, {str(value)[:12]} here"
-        for key, value in config.items()
-        if key not in FREE and before.get(key) != value
+        "other pictures" if key == "fingerprint" else f"{key} {values[key]}" for key in changed
     ]
     if differ:
         raise data.UserError(
             f"{path} is of a run with other settings: {'; '.join(differ)}; give those to go on, "
             "another --out for a second run, or --restart to begin anew and replace it"
         )
-    return state
+    return state if path.name == "checkpoint.pt" else None
 
 
 def open_run(held: ExitStack, out: Path, config: dict, restart: bool) -> dict | None:
@@ -728,14 +745,15 @@ def open_run(held: ExitStack, out: Path, config: dict, restart: bool) -> dict | 
 
     Args:
         held: lets go of the folder when it is closed.
-        restart: forget the run.
+        restart: delete the run.
     """
     held.enter_context(data.locked(out, wait=False))
-    for leftover in out.glob(".*.tmp"):  # of a write that was killed
-        leftover.unlink()
-    if restart:
-        (out / "checkpoint.pt").unlink(missing_ok=True)
-    return read_checkpoint(out / "checkpoint.pt", config)
+    for name in RUN_FILES:
+        for leftover in out.glob(f".{name}.*.tmp"):  # of a write that was killed
+            leftover.unlink()
+        if restart:
+            (out / name).unlink(missing_ok=True)
+    return read_checkpoint(out, config)
 
 
 def load_encoder(path: Path) -> tuple[ResNet, dict]:

@@ -440,7 +440,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(tmp_path, capsys):
     assert "found: alzheimer, ms" in refused(capsys, "probe", "--task", "liver")
     assert "--help" in refused(capsys, "probe")
     assert "whole number from 2" in refused(capsys, "pretrain", "--batch-size", "1")
-    assert "not a number above 0" in refused(capsys, "pretrain", "--lr", "0")
+    assert "number from 1e-12 up" in refused(capsys, "pretrain", "--lr", "0")
     (tmp_path / "one").mkdir()
     Image.new("L", (40, 40), 9).save(tmp_path / "one" / "1.png")
     assert "takes at least 2" in refused(capsys, "pretrain", "--data", "one")
@@ -496,9 +496,13 @@ def test_a_finished_run_says_so_and_a_new_one_has_to_be_asked_for(capsys):
     assert times == {path: path.stat().st_mtime_ns for path in times}
     assert main.main([*command, "--seed", "1", "--restart"]) == 0
     assert json.loads((run / "config.json").read_text())["seed"] == 1
+    (run / "encoder.pt").unlink()  # what is missing comes back
+    assert main.main([*command, "--seed", "1"]) == 0 and (run / "encoder.pt").exists()
     (run / "checkpoint.pt").write_bytes(b"torn")
     assert "cannot be resumed" in refused(capsys, *command)
     assert (run / "checkpoint.pt").read_bytes() == b"torn"
+    assert "lower --lr" in refused(capsys, *command, "--restart", "--lr", "1e30")
+    assert {path.name for path in run.iterdir()} == {"config.json", "log.jsonl"}  # nothing mixed
 
 
 def test_a_signal_ends_a_run_after_its_step_and_the_next_start_goes_on(monkeypatch, capsys):
@@ -522,10 +526,11 @@ def test_a_signal_ends_a_run_after_its_step_and_the_next_start_goes_on(monkeypat
     assert f"stopped after step {steps[4]} of epoch" in out and "goes on from there" in out
     leftover = Path("stopped/.checkpoint.pt.1.tmp")
     leftover.write_bytes(b"half")
+    Path("stopped/.mine.tmp").write_bytes(b"")
     done = len(steps)
     assert main.main([*command, "--out", "stopped"]) == 0
     assert f"goes on after step {steps[4]} of" in capsys.readouterr().out
-    assert not leftover.exists()
+    assert not leftover.exists() and Path("stopped/.mine.tmp").exists()
     total = len(steps)
     main.main([*command, "--out", "third"])
     assert total == len(steps) - total and done == 5  # no step was done twice, none left out

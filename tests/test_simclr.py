@@ -264,7 +264,7 @@ def gradients(networks: torch.nn.ModuleList) -> list[torch.Tensor]:
     return [p.grad for p in networks.parameters()]
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 6])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 6])
 def test_chunks_add_up_to_the_gradients_of_the_plain_step(chunk):
     """In eval mode batch norm does not mix pictures, so the two must be one and the same."""
     view_a, view_b = torch.randn(2, 6, 1, 32, 32, dtype=torch.float64)
@@ -279,6 +279,21 @@ def test_chunks_add_up_to_the_gradients_of_the_plain_step(chunk):
     assert torch.allclose(ours_a, z_a, atol=1e-12) and torch.allclose(ours_b, z_b, atol=1e-12)
     for theirs, mine in zip(gradients(plain), gradients(chunked), strict=True):
         assert (theirs - mine).abs().max() < 1e-12 * max(1, theirs.abs().max())
+
+
+def test_chunks_are_even(monkeypatch):
+    """A small last one would have a batch norm of its own over next to nothing."""
+    seen, embed = [], simclr.embed
+
+    def note(networks: torch.nn.ModuleList, views: Tensor, bf16: bool) -> Tensor:
+        seen.append(len(views) // 2)
+        return embed(networks, views, bf16)
+
+    monkeypatch.setattr(simclr, "embed", note)
+    views = torch.randn(18, 1, 32, 32, dtype=torch.float64)
+    settings = simclr.Pretraining(chunk_size=4)
+    simclr.backward_in_chunks(small_networks(), views, settings, False)
+    assert seen == [3, 3, 3] * 2
 
 
 def test_in_training_chunks_have_their_own_batch_norm_and_move_its_statistics_once():
@@ -362,19 +377,25 @@ def test_pictures_read_as_they_are_needed_train_as_those_that_lie_on_the_device(
 
 def test_a_checkpoint_of_other_settings_or_of_something_else_is_refused(tmp_path):
     path, config = tmp_path / "checkpoint.pt", CONFIG | {"epochs": 2, "threads": 1}
-    assert simclr.read_checkpoint(path, config) is None
+    assert simclr.read_checkpoint(tmp_path, config) is None
     run = start(drawn(4))
     simclr.save_run(run, tmp_path, config, torch.zeros(0, 16))
-    assert simclr.read_checkpoint(path, config | {"threads": 9})["step"] == 0
+    assert simclr.read_checkpoint(tmp_path, config | {"threads": 9})["step"] == 0
     with pytest.raises(data.UserError, match="epochs 2 there, 3 here; lr None there, 1 here"):
-        simclr.read_checkpoint(path, config | {"epochs": 3, "lr": 1})
+        simclr.read_checkpoint(tmp_path, config | {"epochs": 3, "lr": 1})
+    with pytest.raises(data.UserError, match="settings: other pictures;"):
+        simclr.read_checkpoint(tmp_path, config | {"fingerprint": "0"})
     for content in (b"", b"no checkpoint", path.read_bytes()[:9999]):
         path.write_bytes(content)
         with pytest.raises(data.UserError, match="--restart begins anew"):
-            simclr.read_checkpoint(path, config)
+            simclr.read_checkpoint(tmp_path, config)
     simclr.save({"config": config}, path)  # as an earlier version might have written it
     with pytest.raises(data.UserError, match="cannot be resumed"):
-        simclr.read_checkpoint(path, config)
+        simclr.read_checkpoint(tmp_path, config)
+    path.unlink()
+    assert simclr.read_checkpoint(tmp_path, config) is None  # encoder.pt alone: of the same run,
+    with pytest.raises(data.UserError, match="epochs 2 there, 3 here"):  # or of another
+        simclr.read_checkpoint(tmp_path, config | {"epochs": 3})
 
 
 # --- many processes ----------------------------------------------------------------------------
@@ -420,6 +441,9 @@ def one_rank(rank: int, port: int, out: Path) -> None:
     found = {"plain": projections(None), "chunks": projections(2), "loop": a_step()}
     found["told"] = simclr.on_every_rank(lambda: simclr.rank_and_world()[0])
     found["flag"] = simclr.on_any_rank(15 * rank)
+    simclr.check_equal("the same")
+    with pytest.raises(data.UserError, match="different pictures"):
+        simclr.check_equal(f"of rank {rank}")
     with pytest.raises(data.UserError, match="said by the first rank"):
         simclr.on_every_rank(refuse)
     torch.save(found, out / f"{rank}.pt")
