@@ -347,6 +347,8 @@ def test_a_run_restored_after_any_step_ends_as_if_it_had_never_stopped():
     for _ in simclr.pretrain(first, images, np.arange(13)):
         files.append(io.BytesIO())
         torch.save(first.state(), files[-1])
+    rates = [simclr.cosine_lr(step, 6, 5e-4, 1e-5) for step in (2, 5)]  # one schedule, two epochs
+    assert [record["lr"] for record in first.records] == pytest.approx(rates)
     for done, file in enumerate(files[:-1], start=1):
         file.seek(0)
         second = start(images, batch_size=4, lr=1.0)
