@@ -295,7 +295,7 @@ def train(
             if record:
                 write(out, {"log.jsonl": run.records})
             number = simclr.on_any_rank(noted[0] if noted else 0)
-            if number or time.monotonic() > due:
+            if not run.finished and (number or time.monotonic() > due):  # the end saves anyway
                 due = save()
             if number and not run.finished:
                 bar.close()

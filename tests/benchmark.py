@@ -198,10 +198,7 @@ def probing(args: argparse.Namespace) -> dict[str, str]:
 
     took: dict[str, list[float]] = {"bare": [], "ours": []}
     for _ in range(args.rounds + 1):
-        with torch.inference_mode():
-            ours = timed(
-                lambda: heads.features_of(encoder, checkpoint, images, *machine[:2]), x.device
-            )
+        ours = timed(lambda: heads.features_of(encoder, checkpoint, images, *machine[:2]), x.device)
         took["ours"].append(len(images) / ours)
         took["bare"].append(len(images) / timed(bare, x.device))
     generator = torch.Generator().manual_seed(0)
