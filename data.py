@@ -27,38 +27,39 @@ Next: simclr.py
 """
 
 import fcntl
+import gzip
 import hashlib
+import io
+import json
 import math
-import multiprocessing
 import os
 import re
-import signal
-import sys
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, permutations
 from pathlib import Path
 from re import Pattern
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 THUMBNAIL = 32  # pixels a side: enough to know a head again, too few to see the noise
 TWIN_COSINE = 0.98  # finds exactly 200 groups, its people, in the Kaggle Alzheimer set
-SPLIT_SEED = b"simclr-brain-1"  # a constant: --seed never moves a picture between the parts
-CHAIN_SHARE = 0.05  # a group above this share of its task may be strangers linked in a chain
-CHAIN_LEAST = 4  # but no group of so few pictures is suspected
-SKETCH = 128  # directions that tell most thumbnails apart, before all 1,024 pixels are compared
 MAX_UNREADABLE = (5, 0.01)  # more than five *and* more than 1 % unreadable pictures stop a run
 FEW = 64  # so few pictures are decoded before other processes have started
-CACHE_VERSION = 2  # raise it when reading, shrinking or the phantoms change: old caches are left
+SKETCH = 128  # directions that tell most thumbnails apart, before all 1,024 pixels are compared
+CACHE_VERSION = 3  # raise it when reading, shrinking or the phantoms change: old caches are left
+WINDOW = (1, 99.9)  # percentiles of a volume that become black and white; its air is half of it
+NEAR_EMPTY = 0.1  # a slice with less in it than this share of the fullest slice's is left out
+LESION_AREA = 7.0  # mm^2 in a slice: a disc of 3 mm, the least that counts as a lesion of MS
 
 
 class UserError(Exception):
@@ -152,17 +153,21 @@ class KnownTask(NamedTuple):
     """
 
     classes: tuple[str, ...]  # in the order in which they are reported
+    called: str = "$^"  # found in the name of a folder that holds this task
     aliases: dict[str, str] = {}
     patient: Pattern | None = None
 
 
+# "58 (1).jpg" is slice 1 of patient 58, and the numbers begin anew in each class folder.
+STROKE_PATIENT = re.compile(r"^([^/]+/\d+) \(\d+\)\.\w+$")
+TUMORS = ("glioma", "meningioma", "notumor", "pituitary")
+STAGES = ("non", "very_mild", "mild", "moderate")
 KNOWN_TASKS = {
-    "tumor": KnownTask(("glioma", "meningioma", "notumor", "pituitary"), {"no": "notumor"}),
-    # "58 (1).jpg" is slice 1 of patient 58, and the numbers begin anew in each class folder.
-    "stroke": KnownTask(("normal", "stroke"), {}, re.compile(r"^([^/]+/\d+) \(\d+\)\.\w+$")),
-    "alzheimer": KnownTask(("non", "very_mild", "mild", "moderate"), {"verymild": "very_mild"}),
-    "parkinson": KnownTask(("normal", "parkinson")),
-    "ms": KnownTask(("no-lesion", "lesion"), {"no_lesion": "no-lesion"}),
+    "tumor": KnownTask(TUMORS, "tumor", {"no": "notumor"}),
+    "stroke": KnownTask(("normal", "stroke"), "stroke", {}, STROKE_PATIENT),
+    "alzheimer": KnownTask(STAGES, "alzheimer", {"verymild": "very_mild"}),
+    "parkinson": KnownTask(("normal", "parkinson"), "parkinson"),
+    "ms": KnownTask(("no-lesion", "lesion"), "^ms$|sclerosis", {"no_lesion": "no-lesion"}),
 }
 # What publishers append to a class: glioma_tumor, MildDemented, "Very mild Dementia".
 CLASS_ENDING = re.compile(r"_?(tumor|demented|dementia)$")
@@ -170,19 +175,28 @@ CLASS_ENDING = re.compile(r"_?(tumor|demented|dementia)$")
 PATIENT = re.compile(
     r"(?:^|[/_ -])(patient[-_ ]?\d+|sub-(?=[a-z]*\d)[a-z0-9]+|oas1_\d+|p\d{4}(?=/))", re.IGNORECASE
 )
-VISIT = re.compile(r"(ses-\w+|anat|dwi|func|perf)$")  # folders below a person, as BIDS has them
+# Folders that say nothing: those below a person, as BIDS has them; what publishers put all into.
+PLAIN = re.compile(r"(ses-\w+|anat|dwi|func|perf|data|dataset|images)$", re.IGNORECASE)
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 PARTS |= {"val": "val", "valid": "val", "validation": "val"}
-ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".parquet")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # Pillow knows more; some start programs
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"GIF8", b"II*\0", b"MM\0*")
+VOLUME = re.compile(r"\.nii(\.gz)?(?=/|$)", re.IGNORECASE)  # a file, or the path of its slices
+SHARD = re.compile(r"\.parquet$", re.IGNORECASE)
+MASK = re.compile(r"lesionseg|(?<![a-z])(mask|d?seg)(?![a-z])", re.IGNORECASE)  # of a volume's file
 
 
 def is_picture(path: str) -> bool:
-    """True where the ending or the first bytes say so: publishers name PNGs .jpg, or nothing."""
+    """True where the ending or the first bytes say so: publishers name PNGs .jpg, or nothing.
+
+    So are volumes and shards, which hold many; but a volume that marks lesions is no picture.
+    """
     if not os.path.isfile(path) and os.path.exists(path):
         return False  # a pipe or a socket: opening it would wait for ever
-    if os.path.splitext(path)[1].lower() in ENDINGS:
+    if VOLUME.search(path):
+        return not MASK.search(os.path.basename(path))
+    if path.lower().endswith(ENDINGS):
         return True
     try:
         with open(path, "rb") as file:
@@ -231,7 +245,7 @@ def plain_folders(path: str, pattern: Pattern | None) -> tuple[tuple[str, ...], 
     """The folders of a path that can name a task or a class, and the publisher's part in it.
 
     Folders that name a part, a patient or a visit may stand anywhere between: they are taken out;
-    so are those that `pattern` knows for a patient's.
+    so are those that `pattern` knows for a patient's. A volume or shard is a folder of its slices.
 
     >>> plain_folders("tumor/Training/glioma/sub-01/1.png", None)
     (('tumor', 'glioma'), 'train')
@@ -240,9 +254,11 @@ def plain_folders(path: str, pattern: Pattern | None) -> tuple[tuple[str, ...], 
     whose = (own[1], own[0].strip("/")) if own else ()
     folders, part = [], ""
     for name in path.split("/")[:-1]:
-        part = PARTS.get(name.lower(), part)
-        known = name in whose or PATIENT.match(name + "/") or VISIT.match(name)
-        folders += [] if known or name.lower() in PARTS else [name]
+        holds = VOLUME.search(name) or SHARD.search(name)  # such as train-00000-of-00001.parquet
+        word = re.split(r"[-.]", name)[0].lower() if holds else name.lower()
+        part = PARTS.get(word, part)
+        known = holds or name in whose or PATIENT.match(name + "/") or PLAIN.match(name)
+        folders += [] if known or word in PARTS else [name]
     return tuple(folders), part
 
 
@@ -257,14 +273,16 @@ def spell(names: Iterable[str], known: KnownTask) -> dict[str, str]:
 def name_task(folder: tuple[str, ...], root_name: str, names: set[str]) -> str:
     """The task of the class folders `names` in `folder`.
 
-    Where they are all of a known task's classes, that; else the innermost folder around them that
-    is called as a known task; else the topmost folder.
+    Where they are all of a known task's classes, that; else the one that the innermost folder
+    around them is called after; else the topmost folder.
     """
     for task, known in KNOWN_TASKS.items():
         if set(spell(names, known).values()) == set(known.classes):
             return task
-    around = (root_name, *folder)
-    called = [name.lower() for name in around if name.lower() in KNOWN_TASKS]
+    # A data folder's own name counts where it is the task's, or where nothing else is there.
+    root = (root_name,) * (not folder or root_name.lower() in KNOWN_TASKS)
+    tasks = [(name, *task) for name in (*root, *folder) for task in KNOWN_TASKS.items()]
+    called = [task for name, task, known in tasks if re.search(known.called, name.lower())]
     return called[-1] if called else (*folder, root_name)[0]
 
 
@@ -304,10 +322,11 @@ def find_sources(paths: list[str], root_name: str, pattern: Pattern | None) -> l
         task = name_task(folder, root_name, set(names))
         known = KNOWN_TASKS.get(task, KnownTask(()))
         spelling = spell(names, known) if known.classes else {name: name for name in names}
-        file = os.path.basename
-        rows = [
-            (r, spelling[n], plain[r][1], f"{n}/{file(paths[r])}") for n in names for r in kids[n]
-        ]
+        # Labels that a shard has no names for are numbers; Hugging Face deals them out by alphabet.
+        numbers = dict(zip("0123456789", sorted(known.classes), strict=False))
+        spelling = numbers if set(names) == set(numbers) else spelling
+        named = [(r, name, os.path.basename(paths[r])) for name in names for r in kids[name]]
+        rows = [(r, spelling[n], plain[r][1], f"{n}/{file}") for r, n, file in named]
         found = set(spelling.values())
         if len(found) < 2:  # one class in two spellings
             return below
@@ -321,17 +340,18 @@ def tell_apart(sources: list[Source], root_name: str) -> list[Source]:
     """Rename sources that share a task's name but not its classes.
 
     Sources pool when their classes are the same; else each is a task named by its own folder, and
-    where two folders have one name, by its path. A known task's full set of classes keeps its name.
+    where two folders have one name, by its path, and else by its classes. A known task's full set
+    of classes keeps its name.
     """
     full = {(task, known.classes) for task, known in KNOWN_TASKS.items()}
-    for own in (lambda s: s.folder.split("/")[-1], lambda s: s.folder.replace("/", "-")):
+    for k in range(3):
         kinds = {(s.task, s.classes) for s in sources}
         names = [task for task, _ in kinds]
-        rivals = {kind for kind in kinds - full if names.count(kind[0]) > 1}
-        sources = [
-            s._replace(task=own(s) or root_name) if (s.task, s.classes) in rivals else s
-            for s in sources
-        ]
+        for i, s in enumerate(sources):
+            if names.count(s.task) > 1 and (s.task, s.classes) not in full:
+                folders = s.folder.split("/")
+                name = (folders[-1], "-".join(folders), "-".join((s.task, *s.classes)))[k]
+                sources[i] = s._replace(task=name or root_name)
     return sources
 
 
@@ -368,6 +388,173 @@ def read_gray(path: str | Path) -> np.ndarray:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
         return np.asarray(image.convert("L"))
+
+
+NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8"}  # a NIfTI-1 header's data types
+NIFTI_TYPES |= {256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+MAX_VOXELS = 1 << 28  # 1 GiB of float32
+
+
+def read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read a NIfTI-1 volume, .nii or .nii.gz, and turn it so that its axes are a patient's.
+
+    A file is a header of 348 bytes and then, from `offset` on, the voxels, the first axis fastest.
+    Of a series of volumes the first is read. https://nifti.nimh.nih.gov/nifti-1 lists the fields.
+
+    Returns:
+        (volume (X, Y, Z) float32, its axes running to the patient's right, front and top (RAS+);
+        the affine (4, 4) float64 from its voxel indices to mm)
+
+    Raises:
+        OSError, ValueError, EOFError: it cannot be read, or is no such volume of real numbers.
+    """
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    with (gzip.open if packed else open)(path, "rb") as file:
+        header = file.read(348)
+        if len(header) < 348 or header[344:348] != b"n+1\0":
+            raise ValueError("no NIfTI-1 volume in one file: it would have a header with n+1 in it")
+        order = "<" if header[:4] == (348).to_bytes(4, "little") else ">"  # the header's own size
+
+        def field(at: int, kind: str, count: int) -> list:
+            """Numbers that begin at byte `at` of the header."""
+            return np.frombuffer(header, order + kind, count, at).tolist()
+
+        (axes, *dim), (code,) = field(40, "i2", 8), field(70, "i2", 1)
+        shape = [length if axis < axes else 1 for axis, length in enumerate(dim[:3])]
+        count = math.prod(shape)
+        if code not in NIFTI_TYPES or min(shape) < 1 or not 0 < axes < 8 or count > MAX_VOXELS:
+            raise ValueError(f"data type {code}, {axes} axes of {dim}: no volume of real numbers")
+        offset, slope, inter = field(108, "f4", 3)
+        kind = np.dtype(order + NIFTI_TYPES[code])
+        file.seek(int(offset))
+        voxels = file.read(count * kind.itemsize)  # no more, whatever else would unpack
+    volume = np.frombuffer(voxels, kind, count).reshape(shape, order="F")
+    if slope and math.isfinite(slope):  # 0 and nan say: the voxels are the values
+        volume = volume * slope + (inter if math.isfinite(inter) else 0.0)
+    affine, pixdim = np.eye(4), np.array(field(76, "f4", 8))
+    qform, sform = field(252, "i2", 2)
+    if sform > 0:  # a matrix
+        affine[:3] = np.reshape(field(280, "f4", 12), (3, 4))
+    elif qform > 0:  # a turn by the unit quaternion a + ib + jc + kd, then a shift
+        b, c, d, *shift = field(256, "f4", 6)
+        a = math.sqrt(max(0, 1 - b * b - c * c - d * d))
+        cross = np.array([[0, -d, c], [d, 0, -b], [-c, b, 0]])
+        turn = np.eye(3) + 2 * a * cross + 2 * cross @ cross  # Rodrigues, in half angles
+        affine[:3, :3] = turn * pixdim[1:4] * (1, 1, -1 if pixdim[0] < 0 else 1)
+        affine[:3, 3] = shift
+    else:  # as in ANALYZE, the format before: voxels run to the left
+        affine[:3, :3] = np.diag(pixdim[1:4] * (-1, 1, 1))
+        affine[:3, 3] = affine[:3, :3] @ (1 - np.array(shape)) / 2
+    return to_ras(volume.astype(np.float32), affine)
+
+
+def to_ras(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Exchange and mirror a volume's axes until they run to the patient's right, front and top.
+
+    Nothing is resampled: each axis goes to the direction that is nearest to it.
+
+    Raises:
+        ValueError: the affine has no inverse.
+    """
+    if not abs(np.linalg.det(affine)) > 0:  # nan is not, either
+        raise ValueError("its affine, voxels to millimetres, has no inverse")
+    cosines = np.abs(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
+    best = max(permutations(range(3)), key=lambda axes: cosines[range(3), axes].sum())
+    volume, affine = volume.transpose(best), affine[:, [*best, 3]]
+    for axis in range(3):
+        if affine[axis, axis] < 0:
+            volume = np.flip(volume, axis)
+            affine[:, 3] += affine[:, axis] * (volume.shape[axis] - 1)
+            affine[:, axis] *= -1
+    return volume, affine
+
+
+def lesion_mask(path: str | Path) -> Path | None:
+    """Where the lesions of a volume are marked: for 7-Flair.nii, 7-LesionSeg-Flair.nii beside it.
+
+    A mask counts for the sequence in its name alone: what shines on FLAIR may not be seen on T1.
+    """
+    before, dash, sequence = VOLUME.sub("", Path(path).name).rpartition("-")
+    stem = f"{before}{dash}LesionSeg-{sequence}"
+    found = (Path(path).with_name(stem + ending) for ending in (".nii", ".nii.gz"))
+    return next((mask for mask in found if mask.is_file()), None)
+
+
+def volume_slices(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The axial slices of a volume, front up, the patient's left on the picture's right.
+
+    Gray values are cut off at percentiles of the whole volume, so that slices can be compared.
+    Slices with next to nothing in them are left out.
+
+    Yields:
+        (name, (H, W) uint8), from the feet up; the name is the slice's number and, where there is a
+        lesion mask, its class before it: "lesion/101" has at least LESION_AREA of lesion.
+
+    Raises:
+        UserError: the mask is on another grid than the volume.
+        OSError, ValueError, EOFError: as in `read_nifti`.
+    """
+    (volume, affine), mask = read_nifti(path), lesion_mask(path)
+    classes = [""] * volume.shape[2]
+    if mask:
+        lesions, grid = read_nifti(mask)
+        if lesions.shape != volume.shape or not np.allclose(grid, affine, atol=0.01):
+            raise UserError(
+                f"the lesion mask {mask} {lesions.shape} is on another grid than its volume {path} "
+                f"{volume.shape}; resample one to the other, or take the mask away"
+            )
+        area = (lesions > 0.5).sum(axis=(0, 1)) * abs(np.linalg.det(affine[:2, :2]))  # (Z,) mm^2
+        classes = np.where(area >= LESION_AREA, "lesion/", "no-lesion/")
+    volume = np.where(np.isfinite(volume), volume, 0)
+    low, high = np.percentile(volume, WINDOW)
+    gray = ((volume - low) / max(high - low, 1e-12)).clip(0, 1)
+    full = (gray > 0.1).sum(axis=(0, 1))  # (Z,) pixels with something in them
+    side = np.linalg.norm(affine[:3, :2], axis=0)  # of a voxel, in mm
+    size = np.round(side / side.min() * gray.shape[:2]).astype(int)  # pixels become square
+    for z in np.flatnonzero(full > NEAR_EMPTY * full.max()):
+        slice_ = Image.fromarray((gray[::-1, ::-1, z].T * 255).round().astype(np.uint8))
+        yield f"{classes[z]}{z}", np.asarray(slice_.resize(size, Image.Resampling.BILINEAR))
+
+
+def open_shard(path: str | Path) -> Any:
+    """A parquet file, opened with pyarrow, which is no package of ours and imported here alone.
+
+    Raises:
+        UserError: pyarrow is not installed.
+        OSError, ValueError: it cannot be read.
+    """
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        text = f"{path} is a parquet shard, and pyarrow, which reads it, is not installed"
+        raise UserError(f"{text}; type: pip install pyarrow") from None
+    return parquet.ParquetFile(path, memory_map=True)
+
+
+def shard_pictures(path: str | Path, group: int) -> Iterator[tuple[str, np.ndarray | Exception]]:
+    """The pictures of one row group of a Hugging Face data set: `image` {bytes, path} and `label`.
+
+    Yields:
+        (name, (H, W) uint8, or why it cannot be read); the name is the row's number and, where it
+        has a label, before it the class as the schema's metadata calls it, or else its number.
+    """
+    with open_shard(path) as shard:
+        about = json.loads((shard.schema_arrow.metadata or {}).get(b"huggingface", "{}"))
+        names = about.get("info", {}).get("features", {}).get("label", {}).get("names")
+        names = dict(enumerate(names or ())) | {None: "", -1: ""}  # -1 = not labelled
+        first = sum(shard.metadata.row_group(before).num_rows for before in range(group))
+        columns = [name for name in ("image", "label") if name in shard.schema_arrow.names]
+        batches = shard.iter_batches(64, row_groups=[group], columns=columns, use_threads=False)
+        entries = (entry for batch in batches for entry in batch.to_pylist())
+        for row, entry in enumerate(entries, first):
+            label = entry.get("label")
+            class_ = str(names.get(label, label)).replace("/", "_")
+            try:
+                gray = read_gray(io.BytesIO(entry["image"]["bytes"]))
+            except Exception as error:
+                gray = error
+            yield f"{class_}/{row}".lstrip("/"), gray
 
 
 def fit_square(gray: np.ndarray, size: int) -> np.ndarray:
@@ -427,120 +614,134 @@ class Pictures:
         """(n,) bytes: the hashes in a form that can be compared at once."""
         return self.hashes.view("S16")[:, 0]
 
-    def copies(self) -> np.ndarray:
-        """Each picture with the pixels of an earlier one, beside it: (m, 3) int64, as `twin_pairs`.
-
-        `twin_pairs` finds nearly all of these; pictures of a single colour have no direction that
-        a cosine could compare, and need this.
-        """
-        _, first, which = np.unique(self.names(), return_index=True, return_inverse=True)
-        pairs = np.stack([first[which], np.arange(len(which)), np.zeros_like(which)], axis=1)
-        return pairs[(pairs[:, 0] < pairs[:, 1]) & ~np.isin(pairs[:, 1], list(self.unreadable))]
-
 
 def row_type(size: int) -> np.dtype:
-    """A row of the cache: which file, and what became of it."""
-    fields = [("key", "S16"), ("hash", "u1", 16), ("thumbnail", "u1", (THUMBNAIL, THUMBNAIL))]
-    return np.dtype([*fields, ("square", "u1", (size, size))])
+    """A row of the cache: one picture, or why it cannot be read.
+
+    The rows of a file are written at once, and the last has the key: where it is, all are.
+    """
+    fields = [("key", "S16"), ("name", "S96"), ("why", "S96"), ("hash", "u1", 16)]
+    fields += [("thumbnail", "u1", (THUMBNAIL, THUMBNAIL)), ("square", "u1", (size, size))]
+    return np.dtype(fields)
 
 
-def map_rows(file: Path, size: int) -> tuple[np.ndarray, dict[bytes, int]]:
-    """The rows of a cache file, memory-mapped (one empty row if none), and where each key is."""
+def map_rows(file: Path, size: int) -> tuple[np.ndarray, dict[bytes, range]]:
+    """The rows of a cache file, memory-mapped (one empty row if none), and those of each key."""
     kind = row_type(size)
     rows = np.memmap(file, kind, "r") if file.stat().st_size else np.zeros(1, kind)
-    return rows, dict(zip(rows["key"].tolist(), range(len(rows)), strict=True))
+    ends = np.flatnonzero(rows["key"] != b"") + 1
+    ranges = map(range, np.append(0, ends).tolist(), ends.tolist())
+    return rows, dict(zip(rows["key"][ends - 1].tolist(), ranges, strict=True))
 
 
-def decode_share(
-    root: Path | None, jobs: list[tuple[str, bytes]], size: int, file: Path
-) -> dict[str, str]:
-    """Decode some pictures and append their rows to the cache; here, or in a process of its own.
+def row_groups(path: Path) -> range:
+    """The parts that a shard can be decoded in."""
+    try:
+        return range(open_shard(path).num_row_groups)
+    except (OSError, ValueError):
+        return range(1)  # decoding will say why
 
-    A row is a single write to the end of the file, for the buffer is larger than any row. So
-    processes can write side by side, and what was decoded before a crash is there after it.
+
+def decode_part(job: tuple[Path | None, str, int, bytes, int]) -> bytes | Exception:
+    """Decode a picture, a volume, or a row group of a shard.
 
     Args:
-        root: the data folder; None for the phantoms.
-        jobs: (path below it, key) of each picture.
+        job: (data folder or None for phantoms, path below it, row group, key, pixels a side).
 
     Returns:
-        {path: why} of those that cannot be read.
+        its rows for the cache, or why it cannot be read.
     """
-    unreadable, parent = {}, multiprocessing.parent_process()  # None where we are no worker
-    if parent:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command itself
-    with open(file, "ab", buffering=1 << 26) as out, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd metadata is nobody's concern, but a picture of more
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # than 89 megapixels is out
-        for path, key in jobs:
-            if parent and not parent.is_alive():
-                break
-            try:
-                gray = read_gray(root / path) if root else draw_phantom(path)[0]
-                digest = hashlib.sha256(np.ascontiguousarray(gray)).digest()[:16]
-                arrays = thumbnail(gray).tobytes(), fit_square(gray, size).tobytes()
-            except Exception as error:  # a broken file can make PIL raise nearly anything
-                unreadable[path] = f"{type(error).__name__}: {error}"
-                continue
-            out.write(b"".join((key, digest, *arrays)))
-            out.flush()
-    return unreadable
+    root, path, group, key, size = job
+    rows = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata is nobody's concern, but a picture of
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # > 89 megapixels is out
+            if VOLUME.search(path):
+                slices = volume_slices(root / path)
+            elif SHARD.search(path):
+                slices = shard_pictures(root / path, group)
+            else:
+                slices = [("", read_gray(root / path) if root else draw_phantom(path)[0])]
+            for name, gray in slices:
+                row = np.zeros((), row_type(size))
+                row["name"] = os.fsencode(name)
+                if isinstance(gray, Exception):
+                    row["why"] = os.fsencode(f"{type(gray).__name__}: {gray}")
+                else:
+                    digest = hashlib.sha256(np.ascontiguousarray(gray)).digest()
+                    row["hash"] = np.frombuffer(digest, np.uint8, 16)
+                    row["thumbnail"], row["square"] = thumbnail(gray), fit_square(gray, size)
+                rows.append(row)
+        rows[-1]["key"] = key
+        return b"".join(row.tobytes() for row in rows)
+    except Exception as error:  # a broken file can make PIL raise nearly anything
+        return error
 
 
-def run(workers: list, file: Path, size: int) -> Iterator[int]:
-    """Start processes; yield once for each row they append, until the last of them has ended."""
-    first, done, alive = file.stat().st_size, 0, True
-    for worker in workers:
-        worker.start()
-    while alive:
-        time.sleep(0.05)
-        alive = any(worker.is_alive() for worker in workers)
-        count = (file.stat().st_size - first) // row_type(size).itemsize
-        yield from range(done, count)
-        done = count
+def decode_parts(jobs: list[tuple]) -> list[bytes | Exception]:
+    """`decode_part`, several times: what a process is given at once."""
+    return [decode_part(job) for job in jobs]
 
 
 def decode(
     root: Path | None, stamps: dict[str, str], image_size: int, cache: Path, progress: Callable
 ) -> Pictures:
-    """Decode the pictures that are not in the cache yet, on every core, and map them all.
+    """Decode the files that are not in the cache yet, on every core, and map all their pictures.
 
-    The cache of a folder is one file of equal rows, found by a digest of a picture's path and
-    stamp. Rows are only ever appended; a file that changed has a new stamp and gets a new row.
+    The cache of a folder is one file of equal rows, found by a digest of a file's path and stamp.
+    Rows are only ever appended; a file that changed has a new stamp and gets new rows.
 
     Args:
         root: the data folder; None for the phantoms.
-        stamps: for each picture, by path, a text that changes when the file does.
+        stamps: for each file, by path, a text that changes when the file does.
         progress: wraps an iterable and shows how far it is, as tqdm does.
     """
     place = os.fsencode(f"{CACHE_VERSION} {root.resolve() if root else 'phantoms'}")
     file = cache / f"{hashlib.sha256(place).hexdigest()[:12]}-{image_size}.rows"
-    with open(file, "ab") as out:  # takes off a row that was cut short
-        out.truncate(out.tell() // row_type(image_size).itemsize * row_type(image_size).itemsize)
-    texts = [os.fsencode(f"{path}\0{stamp}") for path, stamp in stamps.items()]
+    parts = [
+        (path, k)
+        for path in stamps
+        for k in (row_groups(root / path) if SHARD.search(path) else (0,))
+    ]
+    texts = [os.fsencode(f"{path}\0{stamps[path]}\0{group}") for path, group in parts]
     # Without zeros, which numpy takes off the end of a string.
     keys = [hashlib.sha256(text).digest()[:16].replace(b"\0", b"\1") for text in texts]
-    cached, known = map_rows(file, image_size)
-    jobs = [(path, key) for path, key in zip(stamps, keys, strict=True) if key not in known]
-    if len(jobs) >= FEW:
+    with open(file, "ab") as out:
+        length = row_type(image_size).itemsize
+        out.truncate(out.tell() // length * length)  # takes off a row that was cut short
+        known, lines = map_rows(file, image_size)[1], zip(parts, keys, strict=True)
+        jobs = [(root, *part, key, image_size) for part, key in lines if key not in known]
         # Processes, not threads: half of the work on a small picture holds the interpreter's lock.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        cores = os.cpu_count() or 1
-        shares = [(root, jobs[i::cores], image_size, file) for i in range(cores)]
-        workers = [context.Process(target=decode_share, args=s, daemon=True) for s in shares]
-        rows = run(workers, file, image_size)
-        for _ in progress(rows, total=len(jobs), desc="decode", unit="picture"):
-            pass
-        known = map_rows(file, image_size)[1]
-    left = [(path, key) for path, key in jobs if key not in known]  # few, or unreadable, or new
-    unreadable = decode_share(root, left, image_size, file)
-    if jobs:
-        cached, known = map_rows(file, image_size)
-    where = np.array([known.get(key, -1) for key in keys], np.int64)
-    thumbnails, hashes = cached["thumbnail"][where], cached["hash"][where]
-    thumbnails[where < 0] = hashes[where < 0] = 0  # of the unreadable
-    bad = {row: unreadable[path] for row, path in enumerate(stamps) if path in unreadable}
-    return Pictures(list(stamps), thumbnails, hashes, bad, cached, where)
+        cores, few = (
+            os.cpu_count() or 1,
+            len(jobs) < FEW and not any(VOLUME.search(j[1]) for j in jobs),
+        )
+        batch = max(1, min(16, len(jobs) // (4 * cores)))
+        loader = DataLoader(jobs, batch, num_workers=0 if few else cores, collate_fn=decode_parts)
+        results = progress(chain.from_iterable(loader), total=len(jobs), desc="decode", unit="file")
+        failed = {}
+        for (*_, key, _), rows in zip(jobs, results, strict=True):
+            if isinstance(rows, UserError):
+                raise rows
+            if isinstance(rows, Exception):
+                failed[key] = f"{type(rows).__name__}: {rows}"
+            else:
+                out.write(rows)
+                out.flush()
+    cached, known = map_rows(file, image_size)
+    names, whys = ([*cached[field].tolist(), b""] for field in ("name", "why"))
+    paths, where, bad = [], [], {}
+    for (path, _), key in zip(parts, keys, strict=True):
+        for row in known.get(key, (-1,)):  # -1: it could not be decoded
+            if why := failed.get(key) or os.fsdecode(whys[row]):
+                bad[len(paths)] = why
+            paths.append(f"{path}/{os.fsdecode(names[row])}".rstrip("/"))
+            where.append(row)
+    place = np.array(where, np.int64)
+    thumbnails, hashes = cached["thumbnail"][place], cached["hash"][place]
+    thumbnails[list(bad)] = hashes[list(bad)] = 0
+    return Pictures(paths, thumbnails, hashes, bad, cached, place)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -659,16 +860,32 @@ def near_duplicate_groups(thumbnails: np.ndarray, threshold: float = TWIN_COSINE
     return connected(len(thumbnails), twin_pairs(thumbnails, threshold))
 
 
-def patient_pairs(paths: list[str], sources: list[Source], pattern: Pattern | None) -> np.ndarray:
+def homes_of(paths: list[str], sources: list[Source], pattern: Pattern | None) -> list[str]:
+    """The folder that each picture belongs to, below the data folder.
+
+    That is its source's, the one that holds the class folders. Unlabelled pictures belong to the
+    source they lie in or, in none, to the topmost folder above them.
+    """
+    homes = {row: source.folder for source in sources for row, *_ in source.rows}
+    for row, path in enumerate(paths):
+        inside = "/".join((*plain_folders(path, pattern)[0], ""))
+        around = [s.folder for s in sources if inside.startswith(f"{s.folder}/".lstrip("/"))]
+        homes.setdefault(row, max(around, key=len, default=inside.split("/")[0]))
+    return [homes[row] for row in range(len(paths))]
+
+
+def patient_pairs(
+    paths: list[str], sources: list[Source], homes: list[str], pattern: Pattern | None
+) -> np.ndarray:
     """Join the pictures that folder names or file names give to one patient.
 
-    An id counts within its source folder, the one that holds the class folders: patient 7 of one
-    hospital is not patient 7 of another. An OASIS number, or an id that `pattern` finds, means the
-    same person wherever it stands. Unlabelled pictures belong to the source they lie in or, in
-    none, to the topmost folder above them. Patient-07, patient_7 and patient7 are one.
+    An id counts within its home: patient 7 of one hospital is not patient 7 of another. An OASIS
+    number, or an id that `pattern` finds, means the same person wherever it stands. Patient-07,
+    patient_7 and patient7 are one.
 
     Args:
         paths: below the data folder, with forward slashes.
+        homes: as `homes_of` gives them.
         pattern: asked first, of the whole path; its first capture group is the patient.
 
     Returns:
@@ -677,165 +894,43 @@ def patient_pairs(paths: list[str], sources: list[Source], pattern: Pattern | No
     Raises:
         UserError: no path matches the pattern.
     """
-    source_of = {row: (source, name) for source in sources for row, _, _, name in source.rows}
-    first: dict[tuple[str, str], int] = {}
-    pairs = []
+    asked = [[(pattern, path), (PATIENT, path)] for path in paths]
+    for source in sources:
+        known = KNOWN_TASKS.get(source.task, KnownTask(())).patient
+        for row, _, _, name in source.rows:
+            asked[row].append((known, name))
     if pattern and not any(match[1] for match in map(pattern.search, paths) if match):
         where = f"in none of the {len(paths)} paths, such as {paths[0]!r}"
         raise UserError(f"--group-pattern {pattern.pattern!r} finds a patient {where}; mend it")
-    for row, path in enumerate(paths):
-        if row in source_of:
-            source, name = source_of[row]
-            place, known = source.folder, KNOWN_TASKS.get(source.task, KnownTask(())).patient
-        else:
-            inside, name, known = "/".join((*plain_folders(path, pattern)[0], "")), "", None
-            around = [s.folder for s in sources if inside.startswith(f"{s.folder}/".lstrip("/"))]
-            place = max(around, key=len, default=inside.split("/")[0])
-        asked = ((pattern, path), (PATIENT, path), (known, name))
-        found = (match for ask, text in asked if ask and (match := ask.search(text)))
+    first: dict[tuple[str, str], int] = {}
+    pairs = []
+    for row, questions in enumerate(asked):
+        found = (match for ask, text in questions if ask and (match := ask.search(text)))
         match = next((match for match in found if match[1]), None)
         if match:
             patient = re.sub(r"[-_ ]|(?<!\d)0+(?=\d)", "", match[1].lower())
             everywhere = match.re is pattern or patient.startswith("oas1")
-            pairs.append((first.setdefault(("" if everywhere else place, patient), row), row))
+            home = "" if everywhere else homes[row]
+            pairs.append((first.setdefault((home, patient), row), row))
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 
-# ---------------------------------------------------------------------------------------------
-# Splits
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Task:
-    """One classification task: parallel arrays over its pictures, and how they were split."""
-
-    name: str
-    classes: tuple[str, ...]
-    rows: np.ndarray  # (n,) int64, rows of Pictures
-    labels: np.ndarray  # (n,) int64 in [0, K)
-    groups: np.ndarray  # (n,) int64, group numbers of the whole data folder
-    parts: np.ndarray  # (n,) str: the publisher's train, val, test, or ''
-    split: np.ndarray  # (n,) str: train, val, test or dropped
-    notes: dict  # how the split was made, what was dropped and why
-
-    def part(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One part of the task.
-
-        Args:
-            name: 'train', 'val' or 'test'.
-
-        Returns:
-            rows, labels, groups: (m,) int64 each.
-        """
-        chosen = self.split == name
-        return self.rows[chosen], self.labels[chosen], self.groups[chosen]
-
-
-def allot(groups: int, test: float, val: float) -> tuple[int, int]:
-    """How many of a class's groups go to test and to val; the rest, at least one, to train.
-
-    A class gives a group to train, then to test, then to val, before proportions apply.
-
-    >>> allot(1, 0.15, 0.15), allot(2, 0.15, 0.15), allot(3, 0.15, 0.15), allot(40, 0.15, 0.15)
-    ((0, 0), (1, 0), (1, 1), (6, 6))
-    """
-    n_test = max(1, int(groups * test + 0.5)) if test and groups > 1 else 0
-    n_val = max(1, int(groups * val + 0.5)) if val and groups > 1 + n_test else 0
-    return n_test, n_val
-
-
-def split_by_group(
-    labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, keys: np.ndarray, clash: np.ndarray
+def mere_resemblance(
+    twins: np.ndarray, patients: np.ndarray, homes: list[str], pictures: Pictures
 ) -> np.ndarray:
-    """Give each picture to train, val or test such that no group stands in two of them.
+    """Which twins mean nothing, since names say whose pictures they are.
 
-    A publisher's test (and val) pictures stay what they are, and the rest of their groups is
-    dropped. What the publisher did not set aside is taken from his training part: 15 % of the
-    groups for val, and for test. Pictures without a publisher's part are split 70/15/15.
-
-    Args:
-        labels: (n,) int64.
-        groups: (n,) int64.
-        parts: (n,) str, the publisher's 'train', 'val', 'test' or ''.
-        keys: (n,) bytes, the picture's hash: it alone decides the order in which groups are dealt.
-        clash: (n,) bool, True = a twin of it in this task has another label; dropped.
+    Neighbouring slices of a volume look alike, with and without a lesion, and so do the slices of
+    strangers whose brains were moved onto one atlas. So between slices of one source's volumes
+    whose patients are known, only equal pixels count.
 
     Returns:
-        (n,) str: 'train', 'val', 'test' or 'dropped'.
+        (m,) bool for the rows of `twins`, True = to be taken out.
     """
-    split = np.where(clash, "dropped", "train").astype("U7")
-    free = ~clash
-    for part in ("test", "val"):
-        own = free & (parts == part)
-        split[own] = part
-        touched = free & np.isin(groups, groups[own])
-        split[touched & ~own] = "dropped"
-        free &= ~touched
-    given = set(parts[~clash])
-    test_share, val_share = (0.0 if part in given else 0.15 for part in ("test", "val"))
-    # Deal the groups out class by class, in an order that only their pixels decide. A group of
-    # several labels counts with its commonest.
-    _, local = np.unique(groups, return_inverse=True)
-    count = local.max(initial=-1) + 1
-    published = np.zeros(count, bool)  # (groups,), True = has a publisher's part
-    published[local[parts == "train"]] = True
-    votes = np.zeros((count, labels.max(initial=0) + 1), np.int64)  # (groups, K)
-    np.add.at(votes, (local[free], labels[free]), 1)
-    lowest: dict[int, bytes] = {}
-    for i in np.flatnonzero(free):
-        lowest[local[i]] = min(keys[i], lowest.get(local[i], keys[i]))
-    order = sorted(lowest, key=lambda g: hashlib.sha256(SPLIT_SEED + lowest[g]).digest())
-    for label in range(votes.shape[1]):
-        for kind, shares in ((False, (0.15, 0.15)), (True, (test_share, val_share))):
-            mine = [g for g in order if votes[g].argmax() == label and published[g] == kind]
-            n_test, n_val = allot(len(mine), *shares)
-            split[free & np.isin(local, mine[:n_test])] = "test"
-            split[free & np.isin(local, mine[n_test : n_test + n_val])] = "val"
-    return split
-
-
-def make_task(
-    sources: list[Source], pictures: Pictures, groups: np.ndarray, twins: np.ndarray, resplit: bool
-) -> Task:
-    """Pool the sources of one task and split them (`split_by_group`).
-
-    Args:
-        sources: all of this task, with the same classes.
-        groups: (n,) int64 over all pictures of the data folder.
-        twins: (m, 3) as `twin_pairs` gives them; those of two labels contradict each other, and
-            since nobody can say which one is right, both are dropped.
-        resplit: split the publisher's parts anew, as if he had made none.
-    """
-    classes = sources[0].classes
-    listed = [entry for source in sources for entry in source.rows]
-    listed = [entry for entry in listed if entry[0] not in pictures.unreadable]
-    rows = np.array([row for row, *_ in listed], np.int64)
-    labels = np.array([classes.index(label) for _, label, *_ in listed], np.int64)
-    parts = np.array([part for *_, part, _ in listed], "U7")
-    label_of = np.full(len(pictures.paths), -1)  # (n,), -1 = not in this task
-    label_of[rows] = labels
-    a, b = label_of[twins[:, 0]], label_of[twins[:, 1]]
-    clash = np.isin(rows, twins[(a >= 0) & (b >= 0) & (a != b), :2])
-    _, same = np.unique(pictures.names()[rows], return_inverse=True)
-    given = np.zeros((len(rows), len(classes)), bool)  # labels of the same pixels; of one colour
-    given[same, labels] = True
-    clash |= given[same].sum(axis=1) > 1
-    keys = np.array([pictures.hashes[row].tobytes().hex().encode() for row in rows])
-    kept = np.full_like(parts, "") if resplit else parts
-    split = split_by_group(labels, groups[rows], kept, keys, clash)
-    largest = int(np.bincount(groups[rows]).max(initial=0))
-    dropped = split == "dropped"
-    notes = {
-        "rule": "publisher's parts kept, cut by group" if kept.any() else "70/15/15 by group",
-        "groups": len(np.unique(groups[rows])),
-        "largest_group": largest,
-        "largest_group_is_suspect": largest > max(CHAIN_SHARE * len(rows), CHAIN_LEAST),
-        "dropped_for_a_twin_with_another_label": int(clash.sum()),
-        "dropped_for_a_group_in_test_or_val": int((dropped & ~clash).sum()),
-        "dropped_paths": [pictures.paths[row] for row in rows[dropped]],
-    }
-    return Task(sources[0].task, classes, rows, labels, groups[rows], parts, split, notes)
+    told = np.array([bool(VOLUME.search(path)) for path in pictures.paths])  # (n,)
+    told &= np.isin(np.arange(len(told)), patients[:, 1])
+    (a, b, _), home, pixels = twins.T, np.array(homes), pictures.names()
+    return told[a] & told[b] & (home[a] == home[b]) & (pixels[a] != pixels[b])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1017,37 +1112,25 @@ def draw_lesions(head: Head) -> None:
 
 @dataclass(frozen=True)
 class Collection:
-    """A data folder, read: its pictures, which of them belong together, and its tasks."""
+    """A data folder, read: its pictures, which of them belong together, and its sources."""
 
     pictures: Pictures
-    twins: np.ndarray  # (m, 3) int64, as `twin_pairs` gives them, exact copies included
+    twins: np.ndarray  # (m, 3) int64, as `twin_pairs` gives them
     patients: np.ndarray  # (m, 2) int64, as `patient_pairs` gives them
     groups: np.ndarray  # (n,) int64
-    tasks: dict[str, Task]
+    sources: list[Source]
+    homes: list[str]  # as `homes_of` gives them
     other_files: int
-
-    def task(self, name: str) -> Task:
-        """The task called `name`.
-
-        Raises:
-            UserError: there is none.
-        """
-        if name not in self.tasks:
-            found = ", ".join(sorted(self.tasks)) or "none"
-            raise UserError(
-                f"no task {name!r} here; found: {found}; a task is a folder that holds two or more "
-                "class folders, each with pictures"
-            )
-        return self.tasks[name]
 
 
 def stamp(path: str) -> str:
-    """A text that changes when the file does; '' where there is nothing to ask."""
+    """A text that changes when a file, or its lesion mask, does; '' where there is none to ask."""
+    mask = lesion_mask(path) if VOLUME.search(path) else None
     try:
-        found = os.stat(path)
+        found = [os.stat(file) for file in (path, mask) if file]
     except OSError:  # a link to nowhere, a folder that may not be opened
         return ""
-    return f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"  # the last: two names swapped
+    return " ".join(f"{s.st_size} {s.st_mtime_ns} {s.st_ino}" for s in found)  # ino: names swapped
 
 
 def list_folder(root: Path) -> tuple[dict[str, str], int]:
@@ -1071,7 +1154,6 @@ def load(
     cache: Path,
     progress: Callable[..., Iterable] = lambda items, **_: items,
     pattern: Pattern | None = None,
-    resplit: bool = False,
 ) -> Collection:
     """Read a data folder, or the phantoms, into one Collection. Every command starts here.
 
@@ -1081,23 +1163,21 @@ def load(
         cache: folder of the decoded pictures; must not lie inside `root`.
         progress: as in `decode`.
         pattern: as in `patient_pairs`.
-        resplit: as in `make_task`.
 
     Raises:
         UserError: no such folder, no pictures in it, or a pattern that matches none.
     """
     stamps, others = list_folder(root) if root else (dict.fromkeys(phantom_paths(), ""), 0)
     with locked(cache, wait=True):  # so that commands that start together decode once
-        pictures, paths = decode(root, stamps, image_size, cache, progress), list(stamps)
-        twins = np.concatenate([cached_twins(pictures.thumbnails, cache), pictures.copies()])
+        pictures = decode(root, stamps, image_size, cache, progress)
+        twins = cached_twins(pictures.thumbnails, cache)
+    paths = pictures.paths
     sources = find_sources(paths, root.resolve().name if root else "", pattern)
-    patients = patient_pairs(paths, sources, pattern)
+    homes = homes_of(paths, sources, pattern)
+    patients = patient_pairs(paths, sources, homes, pattern)
+    twins = twins[~mere_resemblance(twins, patients, homes, pictures)]
     groups = connected(len(paths), np.concatenate([twins[:, :2], patients]))
-    tasks = {
-        name: make_task([s for s in sources if s.task == name], pictures, groups, twins, resplit)
-        for name in sorted({s.task for s in sources})
-    }
-    return Collection(pictures, twins, patients, groups, tasks, others)
+    return Collection(pictures, twins, patients, groups, sources, homes, others)
 
 
 # ---------------------------------------------------------------------------------------------

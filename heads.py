@@ -17,9 +17,11 @@ Next: main.py
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from re import Pattern
 
 import numpy as np
 import torch
@@ -29,6 +31,186 @@ from torch import Tensor, nn
 import data
 import evaluate
 import simclr
+
+SPLIT_SEED = b"simclr-brain-1"  # a constant: --seed never moves a picture between the parts
+CHAIN_SHARE = 0.05  # a group above this share of its task may be strangers linked in a chain
+CHAIN_LEAST = 4  # but no group of so few pictures is suspected
+
+# ---------------------------------------------------------------------------------------------
+# The tasks, and their splits: which pictures train, choose and test
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """One classification task: parallel arrays over its pictures, and how they were split."""
+
+    name: str
+    classes: tuple[str, ...]
+    rows: np.ndarray  # (n,) int64, rows of Pictures
+    labels: np.ndarray  # (n,) int64 in [0, K)
+    groups: np.ndarray  # (n,) int64, group numbers of the whole data folder
+    parts: np.ndarray  # (n,) str: the publisher's train, val, test, or ''
+    split: np.ndarray  # (n,) str: train, val, test or dropped
+    notes: dict  # how the split was made, what was dropped and why
+
+    def part(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One part of the task.
+
+        Args:
+            name: 'train', 'val' or 'test'.
+
+        Returns:
+            rows, labels, groups: (m,) int64 each.
+        """
+        chosen = self.split == name
+        return self.rows[chosen], self.labels[chosen], self.groups[chosen]
+
+
+def allot(groups: int, test: float, val: float) -> tuple[int, int]:
+    """How many of a class's groups go to test and to val; the rest, at least one, to train.
+
+    A class gives a group to train, then to test, then to val, before proportions apply.
+
+    >>> allot(1, 0.15, 0.15), allot(2, 0.15, 0.15), allot(3, 0.15, 0.15), allot(40, 0.15, 0.15)
+    ((0, 0), (1, 0), (1, 1), (6, 6))
+    """
+    n_test = max(1, int(groups * test + 0.5)) if test and groups > 1 else 0
+    n_val = max(1, int(groups * val + 0.5)) if val and groups > 1 + n_test else 0
+    return n_test, n_val
+
+
+def split_by_group(
+    labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, keys: np.ndarray, clash: np.ndarray
+) -> np.ndarray:
+    """Give each picture to train, val or test such that no group stands in two of them.
+
+    A publisher's test (and val) pictures stay what they are, and the rest of their groups is
+    dropped. What the publisher did not set aside is taken from his training part: 15 % of the
+    groups for val, and for test. Pictures without a publisher's part are split 70/15/15.
+
+    Args:
+        labels: (n,) int64.
+        groups: (n,) int64.
+        parts: (n,) str, the publisher's 'train', 'val', 'test' or ''.
+        keys: (n,) bytes, the picture's hash: it alone decides the order in which groups are dealt.
+        clash: (n,) bool, True = a twin of it in this task has another label; dropped.
+
+    Returns:
+        (n,) str: 'train', 'val', 'test' or 'dropped'.
+    """
+    split = np.where(clash, "dropped", "train").astype("U7")
+    free = ~clash
+    for part in ("test", "val"):
+        own = free & (parts == part)
+        split[own] = part
+        touched = free & np.isin(groups, groups[own])
+        split[touched & ~own] = "dropped"
+        free &= ~touched
+    given = set(parts[~clash])
+    test_share, val_share = (0.0 if part in given else 0.15 for part in ("test", "val"))
+    # Deal the groups out class by class, in an order that only their pixels decide. A group of
+    # several labels counts with its commonest.
+    _, local = np.unique(groups, return_inverse=True)
+    count = local.max(initial=-1) + 1
+    published = np.zeros(count, bool)  # (groups,), True = has a publisher's part
+    published[local[parts == "train"]] = True
+    votes = np.zeros((count, labels.max(initial=0) + 1), np.int64)  # (groups, K)
+    np.add.at(votes, (local[free], labels[free]), 1)
+    lowest: dict[int, bytes] = {}
+    for i in np.flatnonzero(free):
+        lowest[local[i]] = min(keys[i], lowest.get(local[i], keys[i]))
+    order = sorted(lowest, key=lambda g: hashlib.sha256(SPLIT_SEED + lowest[g]).digest())
+    for label in range(votes.shape[1]):
+        for kind, shares in ((False, (0.15, 0.15)), (True, (test_share, val_share))):
+            mine = [g for g in order if votes[g].argmax() == label and published[g] == kind]
+            n_test, n_val = allot(len(mine), *shares)
+            split[free & np.isin(local, mine[:n_test])] = "test"
+            split[free & np.isin(local, mine[n_test : n_test + n_val])] = "val"
+    return split
+
+
+@dataclass(frozen=True)
+class Study(data.Collection):
+    """A data folder with its tasks, each of them split."""
+
+    tasks: dict[str, Task]
+
+    def task(self, name: str) -> Task:
+        """The task called `name`.
+
+        Raises:
+            UserError: there is none.
+        """
+        if name not in self.tasks:
+            found = ", ".join(sorted(self.tasks)) or "none"
+            raise data.UserError(
+                f"no task {name!r} here; found: {found}; a task is a folder that holds two or more "
+                "class folders, each with pictures"
+            )
+        return self.tasks[name]
+
+
+def make_task(collection: data.Collection, name: str, resplit: bool) -> Task:
+    """Pool the sources of one task, which have the same classes, and split it (`split_by_group`).
+
+    Twins of two labels contradict each other. Since nobody can say which one is right, both are
+    dropped.
+
+    Args:
+        resplit: as in `load`.
+    """
+    pictures, groups, twins = collection.pictures, collection.groups, collection.twins
+    sources = [source for source in collection.sources if source.task == name]
+    classes = sources[0].classes
+    listed = [entry for source in sources for entry in source.rows]
+    listed = [entry for entry in listed if entry[0] not in pictures.unreadable]
+    rows = np.array([row for row, *_ in listed], np.int64)
+    labels = np.array([classes.index(label) for _, label, *_ in listed], np.int64)
+    parts = np.array([part for *_, part, _ in listed], "U7")
+    label_of = np.full(len(pictures.paths), -1)  # (n,), -1 = not in this task
+    label_of[rows] = labels
+    a, b = label_of[twins[:, 0]], label_of[twins[:, 1]]
+    clash = np.isin(rows, twins[(a >= 0) & (b >= 0) & (a != b), :2])
+    keys = np.array([pictures.hashes[row].tobytes().hex().encode() for row in rows])
+    kept = np.full_like(parts, "") if resplit else parts
+    split = split_by_group(labels, groups[rows], kept, keys, clash)
+    largest = int(np.bincount(groups[rows]).max(initial=0))
+    dropped = split == "dropped"
+    notes = {
+        "rule": "publisher's parts kept, cut by group" if kept.any() else "70/15/15 by group",
+        "groups": len(np.unique(groups[rows])),
+        "largest_group": largest,
+        "largest_group_is_suspect": largest > max(CHAIN_SHARE * len(rows), CHAIN_LEAST),
+        "dropped_for_a_twin_with_another_label": int(clash.sum()),
+        "dropped_for_a_group_in_test_or_val": int((dropped & ~clash).sum()),
+        "dropped_paths": [pictures.paths[row] for row in rows[dropped]],
+    }
+    return Task(name, classes, rows, labels, groups[rows], parts, split, notes)
+
+
+def load(
+    root: Path | None,
+    image_size: int,
+    cache: Path,
+    progress: Callable[..., Iterable] = lambda items, **_: items,
+    pattern: Pattern | None = None,
+    resplit: bool = False,
+) -> Study:
+    """Read a data folder as `data.load` does, and split its tasks. Every command starts here.
+
+    Args:
+        resplit: split the publishers' parts anew, as if they had made none.
+    """
+    collection = data.load(root, image_size, cache, progress, pattern)
+    names = sorted({source.task for source in collection.sources})
+    tasks = {name: make_task(collection, name, resplit) for name in names}
+    return Study(**vars(collection), tasks=tasks)
+
+
+# ---------------------------------------------------------------------------------------------
+# The head
+# ---------------------------------------------------------------------------------------------
 
 
 class Dropout(nn.Module):
@@ -246,7 +428,7 @@ def representations(
     encoder: simclr.ResNet,
     checkpoint: dict,
     pictures: data.Pictures,
-    task: data.Task,
+    task: Task,
     seed: int,
     device: torch.device,
     bf16: bool,
@@ -274,7 +456,7 @@ def representations(
 
 
 def fit_probes(
-    features: dict[str, Tensor], task: data.Task, settings: Probing, progress: Callable
+    features: dict[str, Tensor], task: Task, settings: Probing, progress: Callable
 ) -> dict[str, tuple[CosineMLP, list[dict], np.ndarray]]:
     """Train the same head on each representation; the val part chooses its epoch.
 
@@ -301,22 +483,48 @@ def fit_probes(
 # ---------------------------------------------------------------------------------------------
 
 
-def pretraining_rows(collection: data.Collection) -> np.ndarray:
-    """(m,) int64: every picture but those whose group is in a val or test part of any task.
+def left_out(study: Study) -> np.ndarray:
+    """Why pretraining leaves a picture out: (n,) str, '' for those that it may see.
 
-    The pictures that a task dropped stay out too. This is what keeps an encoder from having
-    seen, without its label, the very picture (or patient) it is later tested on.
+    Every picture stays out whose group is in a val or test part of any task, and those that a task
+    dropped. This is what keeps an encoder from having seen, without its label, the very picture (or
+    patient) it is later tested on.
     """
-    out = np.zeros(len(collection.pictures.paths), bool)
-    for task in collection.tasks.values():
+    why = np.full(len(study.pictures.paths), "", object)
+    for task in study.tasks.values():
         held = task.groups[np.isin(task.split, ("val", "test"))]
-        out |= np.isin(collection.groups, held)
-        out[task.rows[task.split == "dropped"]] = True
-    out[list(collection.pictures.unreadable)] = True
-    return np.flatnonzero(~out)
+        why[np.isin(study.groups, held)] = "of a group that another task holds out"
+    for task in study.tasks.values():
+        out = task.split != "train"
+        why[task.rows[out]] = task.split[out]
+    why[list(study.pictures.unreadable)] = "unreadable"
+    return why
 
 
-def was_seen(collection: data.Collection, seen: np.ndarray) -> np.ndarray:
+def pretraining_rows(study: Study) -> np.ndarray:
+    """(m,) int64: the pictures that pretraining may see (`left_out`)."""
+    return np.flatnonzero(left_out(study) == "")
+
+
+def usage(study: Study) -> list[str]:
+    """A line for each source: how many of its pictures pretraining uses, and why not the others."""
+    why, homes, lines = left_out(study), np.array(study.homes), []
+    names = {"dropped": "dropped (in a group with those, or twins of two labels)"}
+    for home in dict.fromkeys(study.homes):
+        task = "/".join(source.task for source in study.sources if source.folder == home)
+        counts = Counter(why[homes == home])
+        used, n = counts.pop("", 0), (homes == home).sum()
+        others = ", ".join(
+            f"{counts[name]:,} {names.get(name, name)}" for name in sorted(counts, reverse=True)
+        )
+        text = (
+            f"  source {home or '.'} ({task or 'no labels'}): {used:,} of {n:,} pictures are used"
+        )
+        lines.append(text + f"; left out: {others}" * bool(others))
+    return lines
+
+
+def was_seen(study: Study, seen: np.ndarray) -> np.ndarray:
     """Which pictures somebody has trained on, or on others of their group, found by pixels.
 
     Args:
@@ -325,13 +533,11 @@ def was_seen(collection: data.Collection, seen: np.ndarray) -> np.ndarray:
     Returns:
         (n,) bool over all pictures of the folder, True = seen.
     """
-    known = np.isin(collection.pictures.names(), seen.view("S16")[:, 0])
-    return np.isin(collection.groups, collection.groups[known])
+    known = np.isin(study.pictures.names(), seen.view("S16")[:, 0])
+    return np.isin(study.groups, study.groups[known])
 
 
-def refuse_leak(
-    collection: data.Collection, task: data.Task, seen: np.ndarray, allowed: bool
-) -> list[str]:
+def refuse_leak(study: Study, task: Task, seen: np.ndarray, allowed: bool) -> list[str]:
     """The test pictures whose group the encoder was pretrained on.
 
     Args:
@@ -345,7 +551,7 @@ def refuse_leak(
         UserError: there are some, and they are not allowed.
     """
     rows, _, _ = task.part("test")
-    leaked = [collection.pictures.paths[row] for row in rows[was_seen(collection, seen)[rows]]]
+    leaked = [study.pictures.paths[row] for row in rows[was_seen(study, seen)[rows]]]
     if leaked and not allowed:
         raise data.UserError(
             f"the encoder was pretrained on {len(leaked)} of the {len(rows)} test pictures of "
@@ -356,7 +562,7 @@ def refuse_leak(
     return leaked
 
 
-def check_split(task: data.Task) -> None:
+def check_split(task: Task) -> None:
     """See that every class has pictures to train on and others to test with.
 
     Raises:
@@ -373,16 +579,16 @@ def check_split(task: data.Task) -> None:
                 )
 
 
-def test_part(collection: data.Collection, task: data.Task) -> evaluate.TestPart:
+def test_part(study: Study, task: Task) -> evaluate.TestPart:
     """The test part of a task, as evaluate.py takes it."""
     rows, labels, groups = task.part("test")
-    paths = [collection.pictures.paths[row] for row in rows]
+    paths = [study.pictures.paths[row] for row in rows]
     return evaluate.TestPart(task.name, task.classes, paths, labels, groups)
 
 
 def unseen_part(
-    collection: data.Collection, task: data.Task, seen: np.ndarray, allowed: bool
-) -> tuple[data.Task, list[str]]:
+    study: Study, task: Task, seen: np.ndarray, allowed: bool
+) -> tuple[Task, list[str]]:
     """A task as one test part, for a classifier that may have been trained on some of it.
 
     Args:
@@ -398,9 +604,9 @@ def unseen_part(
         UserError: nothing is left.
     """
     before = task.split == "dropped"
-    known = was_seen(collection, seen)[task.rows] & ~before
+    known = was_seen(study, seen)[task.rows] & ~before
     dropped = before | (known & (not allowed))  # (n,) bool
-    paths = [collection.pictures.paths[row] for row in task.rows]
+    paths = [study.pictures.paths[row] for row in task.rows]
     if dropped.all():
         raise data.UserError(
             f"no picture of {task.name} is left to test: the classifier was trained on "
@@ -423,22 +629,22 @@ def unseen_part(
 # ---------------------------------------------------------------------------------------------
 
 
-def fingerprint(collection: data.Collection) -> str:
+def fingerprint(study: Study) -> str:
     """A digest of every path and every pixel: two runs with equal ones saw the same data."""
-    digest = hashlib.sha256("\n".join(collection.pictures.paths).encode("utf8", "surrogateescape"))
-    digest.update(np.ascontiguousarray(collection.pictures.hashes))
+    digest = hashlib.sha256("\n".join(study.pictures.paths).encode("utf8", "surrogateescape"))
+    digest.update(np.ascontiguousarray(study.pictures.hashes))
     return digest.hexdigest()
 
 
-def split_table(collection: data.Collection, task: data.Task) -> list[tuple]:
+def split_table(study: Study, task: Task) -> list[tuple]:
     """splits.csv, header first: path, label, group, split, pixel_hash (hexadecimal)."""
-    paths, hashes = collection.pictures.paths, collection.pictures.hashes
+    paths, hashes = study.pictures.paths, study.pictures.hashes
     lines = zip(task.rows, task.labels, task.groups, task.split, strict=True)
     rows = [(paths[r], task.classes[k], g, p, hashes[r].tobytes().hex()) for r, k, g, p in lines]
     return [("path", "label", "group", "split", "pixel_hash"), *rows]
 
 
-def publishers_leak(task: data.Task, pixels: np.ndarray, twins: np.ndarray) -> list[str]:
+def publishers_leak(task: Task, pixels: np.ndarray, twins: np.ndarray) -> list[str]:
     """The sentence about twins between a publisher's Training and Testing; [] without Testing.
 
     Args:
@@ -467,18 +673,18 @@ def publishers_leak(task: data.Task, pixels: np.ndarray, twins: np.ndarray) -> l
     ]
 
 
-def survey(collection: data.Collection, task: data.Task, meter: dict) -> str:
+def survey(study: Study, task: Task, meter: dict) -> str:
     """A task as a table, and in the sentences a person needs: what leaks, and what that is worth.
 
     Args:
         meter: as `evaluate.leak_meter` returns it.
     """
-    N, pixels = len(task.rows), collection.pictures.names()[task.rows]
+    N, pixels = len(task.rows), study.pictures.names()[task.rows]
     copy = np.ones(N, bool)  # (N,) bool, True = seen before
     copy[np.unique(pixels, return_index=True)[1]] = False
-    place = np.full(len(collection.pictures.paths), -1)  # in this task; -1 = of another one
+    place = np.full(len(study.pictures.paths), -1)  # in this task; -1 = of another one
     place[task.rows] = np.arange(N)
-    twins = np.column_stack([place[collection.twins[:, :2]], collection.twins[:, 2]])
+    twins = np.column_stack([place[study.twins[:, :2]], study.twins[:, 2]])
     twins = twins[twins.min(axis=1) >= 0]
     has_twin = np.isin(np.arange(N), twins[:, :2])
     header = ("class", "pictures", "groups", "duplicates", "have twins", *evaluate.PARTS)
@@ -499,7 +705,7 @@ def survey(collection: data.Collection, task: data.Task, meter: dict) -> str:
         f"{evaluate.LEAK_SPLITS} splits: {means['by picture']} by picture, {means['by group']} by "
         f"group; always answering the commonest class: {means['commonest']}.",
     ]
-    known = np.isin(task.rows, collection.patients[:, 1]).sum()
+    known = np.isin(task.rows, study.patients[:, 1]).sum()
     hint = "." if known else "; --group-pattern says how names tell him."
     lines.append(f"The patient is known of {known:,} of {N:,} pictures{hint}")
     clash = task.notes["dropped_for_a_twin_with_another_label"]
@@ -520,8 +726,8 @@ def save_classifier(
     path: Path,
     checkpoint: dict,
     head: CosineMLP,
-    collection: data.Collection,
-    task: data.Task,
+    study: Study,
+    task: Task,
     config: dict,
 ) -> None:
     """Write classifier.pt: the encoder, the head, and what both were trained on.
@@ -531,7 +737,7 @@ def save_classifier(
         config: of the probe.
     """
     used = task.rows[np.isin(task.split, ("train", "val"))]
-    seen = torch.cat([checkpoint["seen"], torch.from_numpy(collection.pictures.hashes[used])])
+    seen = torch.cat([checkpoint["seen"], torch.from_numpy(study.pictures.hashes[used])])
     described = {"task": task.name, "classes": list(task.classes), "config": config}
     trained = {"head": head.state_dict(), "head_type": "cosine_mlp", "seen": seen.unique(dim=0)}
     simclr.save(checkpoint | described | trained, path)

@@ -104,7 +104,7 @@ def base_folder(args: argparse.Namespace) -> Path:
     return RUNS if args.data else RUNS / "phantoms"
 
 
-def load_data(args: argparse.Namespace, image_size: int) -> data.Collection:
+def load_data(args: argparse.Namespace, image_size: int) -> heads.Study:
     """Read --data or the phantoms; say what is there, what cannot be read, and what is suspect.
 
     Args:
@@ -114,14 +114,14 @@ def load_data(args: argparse.Namespace, image_size: int) -> data.Collection:
         UserError: the data cannot be read, or too many of its pictures (`data` shows them all).
     """
     how = partial(progress_bar, leave=False), args.group_pattern, args.resplit
-    load, loaded = partial(data.load, args.data, image_size, RUNS / "cache", *how), []
+    load, loaded = partial(heads.load, args.data, image_size, RUNS / "cache", *how), []
     # of many processes the first decodes, with a progress bar, and the others find all in the cache
     simclr.on_every_rank(lambda: loaded.append(load()))
-    collection = loaded[0] if loaded else load()
-    paths, bad = collection.pictures.paths, collection.pictures.unreadable
+    study = loaded[0] if loaded else load()
+    paths, bad = study.pictures.paths, study.pictures.unreadable
     where = args.data or "phantoms, drawn by code (--data takes your own scans)"
-    counts = f"{len(bad):,} unreadable, {collection.other_files:,} other files"
-    print(f"{where}: {len(paths):,} pictures in {collection.groups.max() + 1:,} groups, {counts}")
+    counts = f"{len(bad):,} unreadable, {study.other_files:,} other files"
+    print(f"{where}: {len(paths):,} pictures in {study.groups.max() + 1:,} groups, {counts}")
     for row, why in bad.items():
         print(f"  left out, unreadable: {paths[row]!r} ({why})")
     least, share = data.MAX_UNREADABLE
@@ -130,14 +130,14 @@ def load_data(args: argparse.Namespace, image_size: int) -> data.Collection:
             f"{len(bad)} of {len(paths)} pictures below {where} cannot be read, the first is "
             f"{paths[min(bad)]!r} ({bad[min(bad)]}); replace or remove them"
         )
-    for name, task in collection.tasks.items():
+    for name, task in study.tasks.items():
         counts = ", ".join(f"{(task.split == part).sum():,} {part}" for part in evaluate.PARTS)
         if args.command in ("pretrain", "probe"):
             print(f"  task {name} ({', '.join(task.classes)}): {counts}")
         if task.notes["largest_group_is_suspect"]:
             size = f"{task.notes['largest_group']} of the {len(task.rows):,} pictures of {name}"
             print(f"  warning: one group holds {size}: a patient, or strangers chained by twins")
-    return collection
+    return study
 
 
 def data_flags(args: argparse.Namespace) -> list[str]:
@@ -149,7 +149,7 @@ def data_flags(args: argparse.Namespace) -> list[str]:
 
 def run_config(
     args: argparse.Namespace,
-    collection: data.Collection,
+    study: heads.Study,
     machine: Machine,
     settings: simclr.Pretraining | heads.Probing | None,
     **values: object,
@@ -161,7 +161,7 @@ def run_config(
         values: what else shaped the run.
     """
     config = {"command": args.command, "data": str(args.data.resolve()) if args.data else None}
-    config |= {"phantoms": args.data is None, "fingerprint": heads.fingerprint(collection)}
+    config |= {"phantoms": args.data is None, "fingerprint": heads.fingerprint(study)}
     config |= {"group_pattern": args.group_pattern.pattern if args.group_pattern else None}
     config |= {"resplit": args.resplit, **values, **(asdict(settings) if settings else {})}
     config |= {"device": machine.device.type, "precision": "bf16" if machine.bf16 else "fp32"}
@@ -198,19 +198,19 @@ def conclude(out: Path, files: dict[str, object], command: list[str] | None = No
 def survey(args: argparse.Namespace) -> None:
     """Show what is there, what belongs together, how it splits, and what leaks would score."""
     run_folder(args, "")
-    collection = load_data(args, args.image_size)
-    pictures = collection.pictures
-    for name in [args.task] if args.task else sorted(collection.tasks):
-        task = collection.task(name)
+    study = load_data(args, args.image_size)
+    pictures = study.pictures
+    for name in [args.task] if args.task else sorted(study.tasks):
+        task = study.task(name)
         if not len(task.rows):
             print(f"task {name}: none of its pictures can be read")
             continue
         meter = evaluate.leak_meter(pictures.thumbnails[task.rows], task.labels, task.groups)
-        report = heads.survey(collection, task, meter)
+        report = heads.survey(study, task, meter)
         out = run_folder(args, f"data-{name}") / ("" if args.task or not args.out else name)
-        files = {"splits.csv": heads.split_table(collection, task), "report.txt": report}
+        files = {"splits.csv": heads.split_table(study, task), "report.txt": report}
         conclude(out, files | {"leak.png": evaluate.leak_picture(meter, name)})
-    labelled = sum(len(task.rows) for task in collection.tasks.values())
+    labelled = sum(len(task.rows) for task in study.tasks.values())
     loose = len(pictures.paths) - len(pictures.unreadable) - labelled
     print(f"{loose:,} readable pictures are of no task: not in class folders side by side")
 
@@ -248,11 +248,11 @@ def pretrain(args: argparse.Namespace) -> None:
     """Learn an encoder from pictures without labels, or go on learning; leaves encoder.pt."""
     out, machine = run_folder(args, "pretrain"), choose_machine(args)
     with simclr.many_processes(PROCESSES, machine.device), ExitStack() as held:
-        collection = load_data(args, args.image_size)
-        rows = heads.pretraining_rows(collection)
-        settings = pretraining_settings(args, collection, len(rows))
+        study = load_data(args, args.image_size)
+        rows = heads.pretraining_rows(study)
+        settings = pretraining_settings(args, study, len(rows))
         values = {"arch": args.arch, "image_size": args.image_size, "leaked": False}
-        config = run_config(args, collection, machine, settings, **values, pictures=len(rows))
+        config = run_config(args, study, machine, settings, **values, pictures=len(rows))
         simclr.check_equal(config["fingerprint"])
         torch.manual_seed(args.seed)  # the networks' first weights
         run = simclr.Run(args.arch, settings, machine.device, machine.bf16)
@@ -264,8 +264,8 @@ def pretrain(args: argparse.Namespace) -> None:
         else:
             size = f"{len(rows):,} pictures at {args.image_size} px"
             print(f"pretrain {args.arch} on {size}, on {machine.text}")
-            train(run, collection.pictures, rows, out, config)
-        finish_pretraining(args, out, run.records, collection)
+            train(run, study.pictures, rows, out, config)
+        finish_pretraining(args, out, run.records, study)
 
 
 def train(
@@ -306,12 +306,10 @@ def train(
 
 
 def pretraining_settings(
-    args: argparse.Namespace, collection: data.Collection, n: int
+    args: argparse.Namespace, study: heads.Study, n: int
 ) -> simclr.Pretraining:
     """The settings for n pictures; says what is held out, and when the batch has to shrink."""
-    held = len(collection.pictures.paths) - len(collection.pictures.unreadable) - n
-    tasks = f"the val and test groups of {', '.join(collection.tasks)}, and what was dropped"
-    print(f"  held out of pretraining: {held:,} pictures ({tasks if held else 'no task is here'})")
+    print(*heads.usage(study), sep="\n")
     batch_size = min(args.batch_size, n // PROCESSES * PROCESSES)
     if batch_size < 2:
         raise data.UserError(f"{n} pictures are left to pretrain on; contrasting takes at least 2")
@@ -336,7 +334,7 @@ def show_step(bar: tqdm, run: simclr.Run) -> None:
 
 
 def finish_pretraining(
-    args: argparse.Namespace, out: Path, records: list[dict], collection: data.Collection
+    args: argparse.Namespace, out: Path, records: list[dict], study: heads.Study
 ) -> None:
     """Draw the curve; say what was reached, what was written and what to type next.
 
@@ -347,7 +345,7 @@ def finish_pretraining(
         text = "epoch {epoch}: loss {loss:.3f}, contrastive accuracy {contrastive_accuracy:.2f}, "
         text += "{images_per_second:.0f} images/s; {minutes:.1f} minutes of training"
         print(text.format(**records[-1], minutes=sum(r["seconds"] for r in records) / 60))
-    task = "tumor" if args.data is None else min(collection.tasks, default=None)
+    task = "tumor" if args.data is None else min(study.tasks, default=None)
     encoder = ["--encoder", str(out / "encoder.pt")] if args.out else []
     following = ["probe", *data_flags(args), "--task", task, *encoder] if task else []
     files = {"log.jsonl": records, "curve.png": evaluate.pretraining_picture(records)}
@@ -364,28 +362,28 @@ def probe(args: argparse.Namespace) -> None:
     out, machine = run_folder(args, f"probe-{args.task}"), choose_machine(args)
     path = args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
     encoder, checkpoint = simclr.load_encoder(path)
-    collection = load_data(args, checkpoint["image_size"])
-    task, pictures = collection.task(args.task), collection.pictures
+    study = load_data(args, checkpoint["image_size"])
+    task, pictures = study.task(args.task), study.pictures
     heads.check_split(task)
-    leaked = heads.refuse_leak(collection, task, checkpoint["seen"].numpy(), args.allow_leak)
+    leaked = heads.refuse_leak(study, task, checkpoint["seen"].numpy(), args.allow_leak)
     settings = heads.Probing(epochs=args.epochs, seed=args.seed)
     values = {"task": task.name, "encoder": str(path.resolve()), "leaked": bool(leaked)}
     values |= {"pretraining": checkpoint["config"], "pretraining_epoch": checkpoint["epoch"]}
-    config = run_config(args, collection, machine, settings, **values)
+    config = run_config(args, study, machine, settings, **values)
     caption = evaluate.leak_caption(leaked)
     print(f"probe {task.name} with {path} of epoch {checkpoint['epoch']}, on {machine.text}")
     features = heads.representations(encoder, checkpoint, pictures, task, args.seed, *machine[:2])
     progress = partial(progress_bar, total=args.epochs, unit="epoch", leave=False)
     fits = heads.fit_probes(features, task, settings, progress)
-    test = heads.test_part(collection, task)
+    test = heads.test_part(study, task)
     results = {name: test.measure(probs) for name, (_, _, probs) in fits.items()}
     head, records, probs = fits["pretrained encoder"]
-    heads.save_classifier(out / "classifier.pt", checkpoint, head, collection, task, config)
-    splits = heads.split_table(collection, task)
+    heads.save_classifier(out / "classifier.pt", checkpoint, head, study, task, config)
+    splits = heads.split_table(study, task)
     files = {"config.json": config, "log.jsonl": records, "splits.csv": splits}
     files |= {"curve.png": evaluate.training_picture(records, f"Probe of {task.name}", caption)}
     files |= evaluate.result_files(test, probs, results, task.notes, caption)
-    later = [name for name in sorted(collection.tasks) if name > task.name]
+    later = [name for name in sorted(study.tasks) if name > task.name]
     flags = data_flags(args) + (["--encoder", str(args.encoder)] if args.encoder else [])
     following = ["evaluate", *data_flags(args), "--model", str(out / "classifier.pt")]
     conclude(out, files, ["probe", *flags, "--task", later[0]] if later else following)
@@ -401,22 +399,22 @@ def score(args: argparse.Namespace) -> None:
     encoder, head, checkpoint = heads.load_classifier(args.model)
     name = args.task or checkpoint["task"]
     out, machine = run_folder(args, f"evaluate-{name}"), choose_machine(args)
-    collection = load_data(args, checkpoint["image_size"])
+    study = load_data(args, checkpoint["image_size"])
     task, leaked = heads.unseen_part(
-        collection, collection.task(name), checkpoint["seen"].numpy(), args.allow_leak
+        study, study.task(name), checkpoint["seen"].numpy(), args.allow_leak
     )
     left_out = task.notes["dropped_for_a_group_it_has_seen"]
     dropped = task.notes["dropped_by_the_split"]
     print(f"  left out: {left_out:,} pictures of groups that it was trained on, {dropped:,} twins")
-    test, caption = heads.test_part(collection, task), evaluate.leak_caption(leaked)
-    images = collection.pictures.squares(task.part("test")[0])
+    test, caption = heads.test_part(study, task), evaluate.leak_caption(leaked)
+    images = study.pictures.squares(task.part("test")[0])
     probs = heads.classify(encoder, head, checkpoint, images, task.classes, *machine[:2])
     results = {"this classifier": test.measure(probs)}
     results["always the commonest"] = test.measure(test.shares())
     values = {"task": name, "model": str(args.model.resolve()), "leaked": bool(leaked)}
     values["training"] = checkpoint["config"]
-    files = {"config.json": run_config(args, collection, machine, None, **values)}
-    files["splits.csv"] = heads.split_table(collection, task)
+    files = {"config.json": run_config(args, study, machine, None, **values)}
+    files["splits.csv"] = heads.split_table(study, task)
     files |= evaluate.result_files(test, probs, results, task.notes, caption)
     conclude(out, files)
 

@@ -163,7 +163,7 @@ def test_labels_planted_at_random_are_learnt_by_picture_and_not_by_group(tmp_pat
             path = tmp_path / "scans/mine" / f"class{patient % 2}" / f"sub-{patient}_{slice_}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(noisy).resize((64, 64), Image.Resampling.BICUBIC).save(path)
-    collection = data.load(tmp_path / "scans", 32, tmp_path / "cache")
+    collection = heads.load(tmp_path / "scans", 32, tmp_path / "cache")
     task = collection.task("mine")
     pixels = torch.from_numpy(collection.pictures.thumbnails[task.rows]).flatten(1)
     features = {"pixels": pixels.float() / 127.5 - 1}
@@ -199,7 +199,7 @@ def test_the_survey_counts_what_a_person_would_count():
     pictures = data.Pictures([""] * 16, None, hashes, {}, None, None)
     # row 2 is of another task
     twins = np.array([[10, 13, 0], [11, 14, 1], [12, 15, 1], [2, 15, 0]])
-    task = data.Task(
+    task = heads.Task(
         name="mine",
         classes=("sick", "well"),
         rows=rows,
@@ -209,7 +209,7 @@ def test_the_survey_counts_what_a_person_would_count():
         split=np.array(["test", "test", "test", "dropped", "dropped", "train"]),
         notes={"rule": "by hand", "dropped_for_a_twin_with_another_label": 2},
     )
-    collection = data.Collection(pictures, twins, nothing, np.zeros(16), {"mine": task}, 0)
+    collection = heads.Study(pictures, twins, nothing, np.zeros(16), [], [], 0, {"mine": task})
     meter = {"by picture": [1.0], "by group": [], "recognised": [0.5], "commonest": [0.75]}
     text = heads.survey(collection, task, meter)
     sick, well, both = (line.split() for line in text.splitlines()[2:5])
