@@ -32,8 +32,10 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -545,6 +547,8 @@ def shard_pictures(path: str | Path, group: int) -> Iterator[tuple[str, np.ndarr
         names = dict(enumerate(names or ())) | {None: "", -1: ""}  # -1 = not labelled
         first = sum(shard.metadata.row_group(before).num_rows for before in range(group))
         columns = [name for name in ("image", "label") if name in shard.schema_arrow.names]
+        if "image" not in columns:
+            raise ValueError(f"no column called image, only {shard.schema_arrow.names}")
         batches = shard.iter_batches(64, row_groups=[group], columns=columns, use_threads=False)
         entries = (entry for batch in batches for entry in batch.to_pylist())
         for row, entry in enumerate(entries, first):
@@ -570,14 +574,9 @@ def fit_square(gray: np.ndarray, size: int) -> np.ndarray:
     Returns:
         (S, S) uint8; black columns or rows lie evenly on both sides.
     """
-    long = max(gray.shape)
-    h, w = (max(1, round(side * size / long)) for side in gray.shape)
-    square = np.zeros((size, size), np.uint8)
-    top, left = (size - h) // 2, (size - w) // 2
     # PIL's bilinear widens its window when it shrinks, so fine structure is averaged, not skipped.
-    resized = Image.fromarray(gray).resize((w, h), Image.Resampling.BILINEAR)
-    square[top : top + h, left : left + w] = resized
-    return square
+    shape, method = (size, size), Image.Resampling.BILINEAR
+    return np.asarray(ImageOps.pad(Image.fromarray(gray), shape, method))
 
 
 def thumbnail(gray: np.ndarray) -> np.ndarray:
@@ -628,16 +627,19 @@ def row_type(size: int) -> np.dtype:
 def map_rows(file: Path, size: int) -> tuple[np.ndarray, dict[bytes, range]]:
     """The rows of a cache file, memory-mapped (one empty row if none), and those of each key."""
     kind = row_type(size)
-    rows = np.memmap(file, kind, "r") if file.stat().st_size else np.zeros(1, kind)
+    file.touch()
+    count = file.stat().st_size // kind.itemsize
+    os.truncate(file, count * kind.itemsize)  # takes off a row that was cut short
+    rows = np.memmap(file, kind, "r") if count else np.zeros(1, kind)
     ends = np.flatnonzero(rows["key"] != b"") + 1
     ranges = map(range, np.append(0, ends).tolist(), ends.tolist())
     return rows, dict(zip(rows["key"][ends - 1].tolist(), ranges, strict=True))
 
 
 def row_groups(path: Path) -> range:
-    """The parts that a shard can be decoded in."""
+    """The parts that a file can be decoded in: a shard has many."""
     try:
-        return range(open_shard(path).num_row_groups)
+        return range(open_shard(path).num_row_groups if SHARD.search(path.name) else 1)
     except (OSError, ValueError):
         return range(1)  # decoding will say why
 
@@ -679,13 +681,23 @@ def decode_part(job: tuple[Path | None, str, int, bytes, int]) -> bytes | Except
         return error
 
 
+def follow_parent(_: int) -> None:
+    """End this process when the command does: one that outlives a kill would keep the lock."""
+    ended = multiprocessing.parent_process().join
+    threading.Thread(target=lambda: (ended(), os._exit(1)), daemon=True).start()
+
+
 def decode_parts(jobs: list[tuple]) -> list[bytes | Exception]:
     """`decode_part`, several times: what a process is given at once."""
     return [decode_part(job) for job in jobs]
 
 
 def decode(
-    root: Path | None, stamps: dict[str, str], image_size: int, cache: Path, progress: Callable
+    root: Path | None,
+    parts: dict[tuple[str, int], str],
+    image_size: int,
+    cache: Path,
+    progress: Callable,
 ) -> Pictures:
     """Decode the files that are not in the cache yet, on every core, and map all their pictures.
 
@@ -694,33 +706,26 @@ def decode(
 
     Args:
         root: the data folder; None for the phantoms.
-        stamps: for each file, by path, a text that changes when the file does.
+        parts: for each file's path and each of its row groups, a text that changes when it does.
         progress: wraps an iterable and shows how far it is, as tqdm does.
     """
     place = os.fsencode(f"{CACHE_VERSION} {root.resolve() if root else 'phantoms'}")
     file = cache / f"{hashlib.sha256(place).hexdigest()[:12]}-{image_size}.rows"
-    parts = [
-        (path, k)
-        for path in stamps
-        for k in (row_groups(root / path) if SHARD.search(path) else (0,))
-    ]
-    texts = [os.fsencode(f"{path}\0{stamps[path]}\0{group}") for path, group in parts]
-    # Without zeros, which numpy takes off the end of a string.
-    keys = [hashlib.sha256(text).digest()[:16].replace(b"\0", b"\1") for text in texts]
+    keys = {}
+    for (path, group), stamp_ in parts.items():
+        digest = hashlib.sha256(os.fsencode(f"{path}\0{stamp_}\0{group}")).digest()[:16]
+        # Without zeros, which numpy takes off the end of a string.
+        keys[digest.replace(b"\0", b"\1")] = path, group
+    known = map_rows(file, image_size)[1]
+    jobs = [(root, *part, key, image_size) for key, part in keys.items() if key not in known]
+    # Processes, not threads: half of the work on a small picture holds the interpreter's lock.
+    many = len(jobs) >= FEW or any(VOLUME.search(path) for _, path, *_ in jobs)
+    cores, failed = (os.cpu_count() or 1), {}
+    workers = {"num_workers": cores, "worker_init_fn": follow_parent} if many else {}
+    batch = max(1, min(16, len(jobs) // (4 * cores)))
     with open(file, "ab") as out:
-        length = row_type(image_size).itemsize
-        out.truncate(out.tell() // length * length)  # takes off a row that was cut short
-        known, lines = map_rows(file, image_size)[1], zip(parts, keys, strict=True)
-        jobs = [(root, *part, key, image_size) for part, key in lines if key not in known]
-        # Processes, not threads: half of the work on a small picture holds the interpreter's lock.
-        cores, few = (
-            os.cpu_count() or 1,
-            len(jobs) < FEW and not any(VOLUME.search(j[1]) for j in jobs),
-        )
-        batch = max(1, min(16, len(jobs) // (4 * cores)))
-        loader = DataLoader(jobs, batch, num_workers=0 if few else cores, collate_fn=decode_parts)
+        loader = DataLoader(jobs, batch, collate_fn=decode_parts, **workers)
         results = progress(chain.from_iterable(loader), total=len(jobs), desc="decode", unit="file")
-        failed = {}
         for (*_, key, _), rows in zip(jobs, results, strict=True):
             if isinstance(rows, UserError):
                 raise rows
@@ -732,7 +737,7 @@ def decode(
     cached, known = map_rows(file, image_size)
     names, whys = ([*cached[field].tolist(), b""] for field in ("name", "why"))
     paths, where, bad = [], [], {}
-    for (path, _), key in zip(parts, keys, strict=True):
+    for key, (path, _) in keys.items():
         for row in known.get(key, (-1,)):  # -1: it could not be decoded
             if why := failed.get(key) or os.fsdecode(whys[row]):
                 bad[len(paths)] = why
@@ -1123,18 +1128,18 @@ class Collection:
     other_files: int
 
 
-def stamp(path: str) -> str:
+def stamp(path: Path) -> str:
     """A text that changes when a file, or its lesion mask, does; '' where there is none to ask."""
-    mask = lesion_mask(path) if VOLUME.search(path) else None
+    mask = lesion_mask(path) if VOLUME.search(path.name) else None
     try:
-        found = [os.stat(file) for file in (path, mask) if file]
+        found = [file.stat() for file in (path, mask) if file]
     except OSError:  # a link to nowhere, a folder that may not be opened
         return ""
     return " ".join(f"{s.st_size} {s.st_mtime_ns} {s.st_ino}" for s in found)  # ino: names swapped
 
 
-def list_folder(root: Path) -> tuple[dict[str, str], int]:
-    """A folder's pictures, each with its stamp, and the count of its other files.
+def list_folder(root: Path) -> tuple[dict[tuple[str, int], str], int]:
+    """The parts of a folder's files, as `decode` takes them, and the count of its other files.
 
     Raises:
         UserError: no such folder, or no pictures in it.
@@ -1145,7 +1150,7 @@ def list_folder(root: Path) -> tuple[dict[str, str], int]:
     if not paths:
         layout = f"{root}/<task>/<class>/*.png, or loose pictures for pretraining alone"
         raise UserError(f"no pictures below {root} ({others} other files); expected {layout}")
-    return {path: stamp(os.path.join(root, path)) for path in paths}, others
+    return {(p, k): stamp(root / p) for p in paths for k in row_groups(root / p)}, others
 
 
 def load(
@@ -1167,9 +1172,10 @@ def load(
     Raises:
         UserError: no such folder, no pictures in it, or a pattern that matches none.
     """
-    stamps, others = list_folder(root) if root else (dict.fromkeys(phantom_paths(), ""), 0)
+    phantoms = {(path, 0): "" for path in phantom_paths()}
+    parts, others = list_folder(root) if root else (phantoms, 0)
     with locked(cache, wait=True):  # so that commands that start together decode once
-        pictures = decode(root, stamps, image_size, cache, progress)
+        pictures = decode(root, parts, image_size, cache, progress)
         twins = cached_twins(pictures.thumbnails, cache)
     paths = pictures.paths
     sources = find_sources(paths, root.resolve().name if root else "", pattern)

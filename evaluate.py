@@ -287,6 +287,37 @@ class TestPart:
 # ---------------------------------------------------------------------------------------------
 
 
+def publishers_leak(
+    part: np.ndarray, split: np.ndarray, groups: np.ndarray, pixels: np.ndarray, twins: np.ndarray
+) -> list[str]:
+    """The sentence about twins between a publisher's Training and Testing; [] without Testing.
+
+    Args:
+        part, split: (N,) str, the publisher's train, val or test, and ours or "dropped".
+        groups: (N,) int64.
+        pixels: (N,) equal where the pixels are.
+        twins: (m, 3) int64, two of the N pictures, and 1 where one is the other's mirror.
+    """
+    ends = part[twins[:, :2]]  # (m, 2)
+    across = twins[(ends == "test").any(axis=1) & (ends == "train").any(axis=1)]
+    if not len(across):
+        none = "As published, no Testing picture has a twin in Training."
+        return [none] if (part == "test").any() else []
+    swapped = part[across[:, 0]] == "train"
+    tested, trained = np.where(swapped, across[:, 1::-1].T, across[:, :2].T)  # (k,) each
+    same = np.unique(tested[pixels[tested] == pixels[trained]])
+    found, straight = np.unique(tested), np.unique(tested[across[:, 2] == 0])
+    sharing = (part == "train") & np.isin(groups, groups[part == "test"])  # (N,) bool
+    left_out = (sharing & (split == "dropped")).sum()
+    left_out = "all" if left_out == sharing.sum() else f"{left_out:,}"
+    return [
+        f"As published, {len(found):,} of the {(part == 'test').sum():,} Testing pictures have a "
+        f"twin in Training: {len(same):,} pixel for pixel, {len(found) - len(straight):,} mirrored."
+        f" {sharing.sum():,} Training pictures share a group with one of Testing; {left_out} of "
+        "them are left out."
+    ]
+
+
 def leak_meter(
     thumbnails: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int = 0
 ) -> dict[str, list[float]]:

@@ -18,10 +18,10 @@ Next: main.py
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from re import Pattern
+from typing import Any
 
 import numpy as np
 import torch
@@ -189,20 +189,14 @@ def make_task(collection: data.Collection, name: str, resplit: bool) -> Task:
     return Task(name, classes, rows, labels, groups[rows], parts, split, notes)
 
 
-def load(
-    root: Path | None,
-    image_size: int,
-    cache: Path,
-    progress: Callable[..., Iterable] = lambda items, **_: items,
-    pattern: Pattern | None = None,
-    resplit: bool = False,
-) -> Study:
-    """Read a data folder as `data.load` does, and split its tasks. Every command starts here.
+def load(*folder: Any, resplit: bool = False, **how: Any) -> Study:
+    """Read a data folder, and split its tasks. Every command starts here.
 
     Args:
+        folder, how: as `data.load` takes them.
         resplit: split the publishers' parts anew, as if they had made none.
     """
-    collection = data.load(root, image_size, cache, progress, pattern)
+    collection = data.load(*folder, **how)
     names = sorted({source.task for source in collection.sources})
     tasks = {name: make_task(collection, name, resplit) for name in names}
     return Study(**vars(collection), tasks=tasks)
@@ -572,10 +566,13 @@ def check_split(task: Task) -> None:
         for part in ("train", "test"):
             if not (task.labels[task.split == part] == label).any():
                 n = len(np.unique(task.groups[task.labels == label]))
+                mend = "add other patients' pictures, or take the class out"
+                if task.parts.any() and n > 1:
+                    mend = "the publisher's parts share them all; --resplit deals them out anew"
                 raise data.UserError(
                     f"class {class_!r} of task {task.name} has {n} group(s), and none for the "
                     f"{part} part; one patient's pictures are never split, that would test on what "
-                    "was trained on: add other patients' pictures, or take the class out"
+                    f"was trained on: {mend}"
                 )
 
 
@@ -644,35 +641,6 @@ def split_table(study: Study, task: Task) -> list[tuple]:
     return [("path", "label", "group", "split", "pixel_hash"), *rows]
 
 
-def publishers_leak(task: Task, pixels: np.ndarray, twins: np.ndarray) -> list[str]:
-    """The sentence about twins between a publisher's Training and Testing; [] without Testing.
-
-    Args:
-        pixels: (N,) equal where the pixels are.
-        twins: (m, 3) int64, as in Collection, but with places in the task for rows.
-    """
-    part = task.parts
-    ends = part[twins[:, :2]]  # (m, 2)
-    across = twins[(ends == "test").any(axis=1) & (ends == "train").any(axis=1)]
-    if not len(across):
-        none = "As published, no Testing picture has a twin in Training."
-        return [none] if (part == "test").any() else []
-    swapped = part[across[:, 0]] == "train"
-    tested = np.where(swapped, across[:, 1], across[:, 0])
-    trained = np.where(swapped, across[:, 0], across[:, 1])
-    same = np.unique(tested[pixels[tested] == pixels[trained]])
-    found, straight = np.unique(tested), np.unique(tested[across[:, 2] == 0])
-    sharing = (part == "train") & np.isin(task.groups, task.groups[part == "test"])  # (N,) bool
-    left_out = (sharing & (task.split == "dropped")).sum()
-    left_out = "all" if left_out == sharing.sum() else f"{left_out:,}"
-    return [
-        f"As published, {len(found):,} of the {(part == 'test').sum():,} Testing pictures have a "
-        f"twin in Training: {len(same):,} pixel for pixel, {len(found) - len(straight):,} mirrored."
-        f" {sharing.sum():,} Training pictures share a group with one of Testing; {left_out} of "
-        "them are left out."
-    ]
-
-
 def survey(study: Study, task: Task, meter: dict) -> str:
     """A task as a table, and in the sentences a person needs: what leaks, and what that is worth.
 
@@ -696,7 +664,7 @@ def survey(study: Study, task: Task, meter: dict) -> str:
         counts += [(task.split[of] == name).sum() for name in evaluate.PARTS]
         name = name if len(name) <= 12 else name[:11] + "…"
         lines.append(f"{name:>12}" + "".join(f"{count:12,}" for count in counts))
-    lines += publishers_leak(task, pixels, twins)
+    lines += evaluate.publishers_leak(task.parts, task.split, task.groups, pixels, twins)
     means = {name: f"{np.mean(v):.3f}" if v else "n/a" for name, v in meter.items()}
     lines += [
         f"Split by picture, {meter['recognised'][0]:.1%} of the tested pictures would have one of "

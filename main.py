@@ -113,8 +113,9 @@ def load_data(args: argparse.Namespace, image_size: int) -> heads.Study:
     Raises:
         UserError: the data cannot be read, or too many of its pictures (`data` shows them all).
     """
-    how = partial(progress_bar, leave=False), args.group_pattern, args.resplit
-    load, loaded = partial(heads.load, args.data, image_size, RUNS / "cache", *how), []
+    how = partial(progress_bar, leave=False), args.group_pattern
+    load = partial(heads.load, args.data, image_size, RUNS / "cache", *how, resplit=args.resplit)
+    loaded: list[heads.Study] = []
     # of many processes the first decodes, with a progress bar, and the others find all in the cache
     simclr.on_every_rank(lambda: loaded.append(load()))
     study = loaded[0] if loaded else load()

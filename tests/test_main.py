@@ -64,7 +64,7 @@ def refused(capsys, *words: str) -> str:
 def test_pretrain_then_probe_writes_every_artifact(capsys):
     assert main.main(["pretrain"]) == 0
     out = capsys.readouterr().out
-    assert "held out of pretraining" in out and "next: python main.py probe --task tumor" in out
+    assert "source tumor (tumor): 24" in out and "next: python main.py probe --task tumor" in out
     run = Path("runs/phantoms/pretrain")
     assert {p.name for p in run.iterdir()} == {
         "config.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "curve.png"
@@ -560,7 +560,7 @@ def test_two_processes_share_a_run_and_one_goes_on_with_it(tmp_path, capsys):
     plant(tmp_path / "scans")
     done = torchrun("pretrain", "--epochs", "1", "--batch-size", "10", "--chunk-size", "4")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("held out of pretraining") == done.stdout.count("next: ") == 1
+    assert done.stdout.count("  source mine (mine)") == done.stdout.count("next: ") == 1
     run = Path("runs/pretrain")
     assert json.loads((run / "config.json").read_text())["processes"] == 2
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
