@@ -636,10 +636,10 @@ def map_rows(file: Path, size: int) -> tuple[np.ndarray, dict[bytes, range]]:
     return rows, dict(zip(rows["key"][ends - 1].tolist(), ranges, strict=True))
 
 
-def row_groups(path: Path) -> range:
+def row_groups(path: str) -> range:
     """The parts that a file can be decoded in: a shard has many."""
     try:
-        return range(open_shard(path).num_row_groups if SHARD.search(path.name) else 1)
+        return range(open_shard(path).num_row_groups if SHARD.search(path) else 1)
     except (OSError, ValueError):
         return range(1)  # decoding will say why
 
@@ -719,7 +719,7 @@ def decode(
     known = map_rows(file, image_size)[1]
     jobs = [(root, *part, key, image_size) for key, part in keys.items() if key not in known]
     # Processes, not threads: half of the work on a small picture holds the interpreter's lock.
-    many = len(jobs) >= FEW or any(VOLUME.search(path) for _, path, *_ in jobs)
+    many = len(jobs) >= FEW or any(VOLUME.search(j[1]) or SHARD.search(j[1]) for j in jobs)
     cores, failed = (os.cpu_count() or 1), {}
     workers = {"num_workers": cores, "worker_init_fn": follow_parent} if many else {}
     batch = max(1, min(16, len(jobs) // (4 * cores)))
@@ -872,10 +872,10 @@ def homes_of(paths: list[str], sources: list[Source], pattern: Pattern | None) -
     source they lie in or, in none, to the topmost folder above them.
     """
     homes = {row: source.folder for source in sources for row, *_ in source.rows}
-    for row, path in enumerate(paths):
-        inside = "/".join((*plain_folders(path, pattern)[0], ""))
+    for row in set(range(len(paths))) - set(homes):
+        inside = "/".join((*plain_folders(paths[row], pattern)[0], ""))
         around = [s.folder for s in sources if inside.startswith(f"{s.folder}/".lstrip("/"))]
-        homes.setdefault(row, max(around, key=len, default=inside.split("/")[0]))
+        homes[row] = max(around, key=len, default=inside.split("/")[0])
     return [homes[row] for row in range(len(paths))]
 
 
@@ -1128,11 +1128,11 @@ class Collection:
     other_files: int
 
 
-def stamp(path: Path) -> str:
+def stamp(path: str) -> str:
     """A text that changes when a file, or its lesion mask, does; '' where there is none to ask."""
-    mask = lesion_mask(path) if VOLUME.search(path.name) else None
+    mask = lesion_mask(path) if VOLUME.search(path) else None
     try:
-        found = [file.stat() for file in (path, mask) if file]
+        found = [os.stat(file) for file in (path, mask) if file]
     except OSError:  # a link to nowhere, a folder that may not be opened
         return ""
     return " ".join(f"{s.st_size} {s.st_mtime_ns} {s.st_ino}" for s in found)  # ino: names swapped
@@ -1150,7 +1150,9 @@ def list_folder(root: Path) -> tuple[dict[tuple[str, int], str], int]:
     if not paths:
         layout = f"{root}/<task>/<class>/*.png, or loose pictures for pretraining alone"
         raise UserError(f"no pictures below {root} ({others} other files); expected {layout}")
-    return {(p, k): stamp(root / p) for p in paths for k in row_groups(root / p)}, others
+    files = [os.path.join(root, path) for path in paths]
+    found = zip(paths, files, strict=True)
+    return {(path, k): stamp(file) for path, file in found for k in row_groups(file)}, others
 
 
 def load(
