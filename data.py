@@ -58,6 +58,7 @@ TWIN_COSINE = 0.98  # finds exactly 200 groups, its people, in the Kaggle Alzhei
 MAX_UNREADABLE = (5, 0.01)  # more than five *and* more than 1 % unreadable pictures stop a run
 FEW = 64  # so few pictures are decoded before other processes have started
 SKETCH = 128  # directions that tell most thumbnails apart, before all 1,024 pixels are compared
+BLOCK = 128  # thumbnails compared with all others at once
 CACHE_VERSION = 3  # raise it when reading, shrinking or the phantoms change: old caches are left
 WINDOW = (1, 99.9)  # percentiles of a volume that become black and white; its air is half of it
 NEAR_EMPTY = 0.1  # a slice with less in it than this share of the fullest slice's is left out
@@ -502,10 +503,8 @@ def volume_slices(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
     if mask:
         lesions, grid = read_nifti(mask)
         if lesions.shape != volume.shape or not np.allclose(grid, affine, atol=0.01):
-            raise UserError(
-                f"the lesion mask {mask} {lesions.shape} is on another grid than its volume {path} "
-                f"{volume.shape}; resample one to the other, or take the mask away"
-            )
+            grids = f"the lesion mask {mask} {lesions.shape} and its volume {path} {volume.shape}"
+            raise UserError(f"{grids} are on two grids; resample one, or take the mask away")
         area = (lesions > 0.5).sum(axis=(0, 1)) * abs(np.linalg.det(affine[:2, :2]))  # (Z,) mm^2
         classes = np.where(area >= LESION_AREA, "lesion/", "no-lesion/")
     volume = np.where(np.isfinite(volume), volume, 0)
@@ -693,11 +692,7 @@ def decode_parts(jobs: list[tuple]) -> list[bytes | Exception]:
 
 
 def decode(
-    root: Path | None,
-    parts: dict[tuple[str, int], str],
-    image_size: int,
-    cache: Path,
-    progress: Callable,
+    root: Path | None, parts: dict[tuple[str, int], str], size: int, cache: Path, progress: Callable
 ) -> Pictures:
     """Decode the files that are not in the cache yet, on every core, and map all their pictures.
 
@@ -707,25 +702,25 @@ def decode(
     Args:
         root: the data folder; None for the phantoms.
         parts: for each file's path and each of its row groups, a text that changes when it does.
+        size: S > 0, pixels a side.
         progress: wraps an iterable and shows how far it is, as tqdm does.
     """
-    place = os.fsencode(f"{CACHE_VERSION} {root.resolve() if root else 'phantoms'}")
-    file = cache / f"{hashlib.sha256(place).hexdigest()[:12]}-{image_size}.rows"
-    keys = {}
-    for (path, group), stamp_ in parts.items():
-        digest = hashlib.sha256(os.fsencode(f"{path}\0{stamp_}\0{group}")).digest()[:16]
-        # Without zeros, which numpy takes off the end of a string.
-        keys[digest.replace(b"\0", b"\1")] = path, group
-    known = map_rows(file, image_size)[1]
-    jobs = [(root, *part, key, image_size) for key, part in keys.items() if key not in known]
+    folder = os.fsencode(f"{CACHE_VERSION} {root.resolve() if root else 'phantoms'}")
+    file = cache / f"{hashlib.sha256(folder).hexdigest()[:12]}-{size}.rows"
+    texts = (os.fsencode(f"{path}\0{text}\0{group}") for (path, group), text in parts.items())
+    # Without zeros, which numpy takes off the end of a string.
+    keys = (hashlib.sha256(text).digest()[:16].replace(b"\0", b"\1") for text in texts)
+    parts_of = dict(zip(keys, parts, strict=True))  # {key: (path, row group)}
+    known = map_rows(file, size)[1]
+    jobs = [(root, *part, key, size) for key, part in parts_of.items() if key not in known]
     # Processes, not threads: half of the work on a small picture holds the interpreter's lock.
     many = len(jobs) >= FEW or any(VOLUME.search(j[1]) or SHARD.search(j[1]) for j in jobs)
-    cores, failed = (os.cpu_count() or 1), {}
-    workers = {"num_workers": cores, "worker_init_fn": follow_parent} if many else {}
-    batch = max(1, min(16, len(jobs) // (4 * cores)))
+    cores, failed = (os.cpu_count() or 1) * many, {}
+    workers = {"num_workers": cores, "worker_init_fn": follow_parent}
+    batch = max(1, min(16, len(jobs) // (4 * cores + 1)))
+    results = chain.from_iterable(DataLoader(jobs, batch, collate_fn=decode_parts, **workers))
+    results = progress(results, total=len(jobs), desc="decode", unit="file")
     with open(file, "ab") as out:
-        loader = DataLoader(jobs, batch, collate_fn=decode_parts, **workers)
-        results = progress(chain.from_iterable(loader), total=len(jobs), desc="decode", unit="file")
         for (*_, key, _), rows in zip(jobs, results, strict=True):
             if isinstance(rows, UserError):
                 raise rows
@@ -734,19 +729,18 @@ def decode(
             else:
                 out.write(rows)
                 out.flush()
-    cached, known = map_rows(file, image_size)
+    cached, known = map_rows(file, size)
     names, whys = ([*cached[field].tolist(), b""] for field in ("name", "why"))
-    paths, where, bad = [], [], {}
-    for key, (path, _) in keys.items():
+    paths, place, bad = [], [], {}
+    for key, (path, _) in parts_of.items():
         for row in known.get(key, (-1,)):  # -1: it could not be decoded
             if why := failed.get(key) or os.fsdecode(whys[row]):
                 bad[len(paths)] = why
             paths.append(f"{path}/{os.fsdecode(names[row])}".rstrip("/"))
-            where.append(row)
-    place = np.array(where, np.int64)
+            place.append(row)
     thumbnails, hashes = cached["thumbnail"][place], cached["hash"][place]
     thumbnails[list(bad)] = hashes[list(bad)] = 0
-    return Pictures(paths, thumbnails, hashes, bad, cached, place)
+    return Pictures(paths, thumbnails, hashes, bad, cached, np.array(place, np.int64))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -765,9 +759,7 @@ def sketch(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return short, (vectors.square().sum(dim=1) - short.square().sum(dim=1)).clamp(min=0).sqrt()
 
 
-def twin_pairs(
-    thumbnails: np.ndarray, threshold: float = TWIN_COSINE, block: int = 128
-) -> np.ndarray:
+def twin_pairs(thumbnails: np.ndarray, threshold: float = TWIN_COSINE) -> np.ndarray:
     """Pairs of pictures that show the same thing, straight or mirrored left to right.
 
     A thumbnail is the sum of an even part e (equal to its own mirror) and an odd part o (its
@@ -783,7 +775,6 @@ def twin_pairs(
     Args:
         thumbnails: (n, 32, 32) uint8.
         threshold: cosine of the mean-free thumbnails, in [0, 1]; lower joins more.
-        block: rows compared with all others at once.
 
     Returns:
         (m, 3) int64: rows i < j, each pair once, and 1 where only the mirror passes, else 0. A
@@ -804,9 +795,9 @@ def twin_pairs(
     (short_even, rest_even), (short_odd, rest_odd) = sketch(even), sketch(odd)
     short_even = torch.column_stack([short_even, rest_even, rest_odd])  # (n, 130): s.s' + r r'
     pairs = [torch.zeros(0, 3, dtype=torch.int64)]
-    for i in range(0, len(even), block):
-        bound = (short_odd[i : i + block] @ short_odd[i:].T).abs_()  # (block, n - i)
-        bound = bound.addmm_(short_even[i : i + block], short_even[i:].T)
+    for i in range(0, len(even), BLOCK):
+        bound = (short_odd[i : i + BLOCK] @ short_odd[i:].T).abs_()  # (BLOCK, n - i)
+        bound = bound.addmm_(short_even[i : i + BLOCK], short_even[i:].T)
         passed = (bound > threshold - 1e-4).nonzero() + i
         for some in passed[passed[:, 0] < passed[:, 1]].split(1 << 12):
             a, b = (t[some[:, k]].double() for k in (0, 1))  # (m, 32, 32)

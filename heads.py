@@ -144,10 +144,8 @@ class Study(data.Collection):
         """
         if name not in self.tasks:
             found = ", ".join(sorted(self.tasks)) or "none"
-            raise data.UserError(
-                f"no task {name!r} here; found: {found}; a task is a folder that holds two or more "
-                "class folders, each with pictures"
-            )
+            text = "a task is a folder that holds two or more class folders, each with pictures"
+            raise data.UserError(f"no task {name!r} here; found: {found}; {text}")
         return self.tasks[name]
 
 
@@ -489,8 +487,8 @@ def left_out(study: Study) -> np.ndarray:
         held = task.groups[np.isin(task.split, ("val", "test"))]
         why[np.isin(study.groups, held)] = "of a group that another task holds out"
     for task in study.tasks.values():
-        out = task.split != "train"
-        why[task.rows[out]] = task.split[out]
+        why[task.rows] = np.where(task.split == "train", why[task.rows], task.split)
+    why[why == "dropped"] = "dropped (in a group with those, or twins of two labels)"
     why[list(study.pictures.unreadable)] = "unreadable"
     return why
 
@@ -503,18 +501,15 @@ def pretraining_rows(study: Study) -> np.ndarray:
 def usage(study: Study) -> list[str]:
     """A line for each source: how many of its pictures pretraining uses, and why not the others."""
     why, homes, lines = left_out(study), np.array(study.homes), []
-    names = {"dropped": "dropped (in a group with those, or twins of two labels)"}
     for home in dict.fromkeys(study.homes):
         task = "/".join(source.task for source in study.sources if source.folder == home)
         counts = Counter(why[homes == home])
         used, n = counts.pop("", 0), (homes == home).sum()
-        others = ", ".join(
-            f"{counts[name]:,} {names.get(name, name)}" for name in sorted(counts, reverse=True)
-        )
+        others = ", ".join(f"{counts[name]:,} {name}" for name in sorted(counts, reverse=True))
         text = (
             f"  source {home or '.'} ({task or 'no labels'}): {used:,} of {n:,} pictures are used"
         )
-        lines.append(text + f"; left out: {others}" * bool(others))
+        lines.append(f"{text}; left out: {others}" if others else text)
     return lines
 
 
@@ -550,8 +545,7 @@ def refuse_leak(study: Study, task: Task, seen: np.ndarray, allowed: bool) -> li
         raise data.UserError(
             f"the encoder was pretrained on {len(leaked)} of the {len(rows)} test pictures of "
             f"{task.name} or on others of their groups, the first is {leaked[0]!r}; pretrain with "
-            "the same --data, --group-pattern and --resplit, which holds them out, or give "
-            "--allow-leak for a figure not to be believed"
+            "the same data flags, or give --allow-leak for a figure not to be believed"
         )
     return leaked
 
@@ -569,11 +563,9 @@ def check_split(task: Task) -> None:
                 mend = "add other patients' pictures, or take the class out"
                 if task.parts.any() and n > 1:
                     mend = "the publisher's parts share them all; --resplit deals them out anew"
-                raise data.UserError(
-                    f"class {class_!r} of task {task.name} has {n} group(s), and none for the "
-                    f"{part} part; one patient's pictures are never split, that would test on what "
-                    f"was trained on: {mend}"
-                )
+                text = f"class {class_!r} of task {task.name} has {n} group(s), and none for the"
+                text += f" {part} part; a patient's pictures are never split"
+                raise data.UserError(f"{text}, that would test on what was trained on: {mend}")
 
 
 def test_part(study: Study, task: Task) -> evaluate.TestPart:
@@ -608,8 +600,7 @@ def unseen_part(
         raise data.UserError(
             f"no picture of {task.name} is left to test: the classifier was trained on "
             f"{known.sum()} of {len(paths)} or on others of their groups, {before.sum()} more are "
-            f"dropped, the first is {paths[0] if paths else None!r}; give pictures from elsewhere, "
-            "or --allow-leak for a figure not to be believed"
+            "dropped; give pictures from elsewhere, or --allow-leak for a figure not to be believed"
         )
     notes = {
         "rule": "everything the classifier has not seen",
@@ -721,10 +712,8 @@ def load_classifier(path: Path) -> tuple[simclr.ResNet, CosineMLP, dict]:
         raise data.UserError(f"no classifier at {path}; make one with: python main.py probe")
     encoder, checkpoint = simclr.load_encoder(path)
     if checkpoint.get("head_type") != "cosine_mlp":
-        raise data.UserError(
-            f"{path} holds no classifier that is known here (head_type "
-            f"{checkpoint.get('head_type')!r}); python main.py probe writes a classifier.pt"
-        )
+        text = f"{path} holds no classifier (head_type {checkpoint.get('head_type')!r})"
+        raise data.UserError(f"{text}; python main.py probe writes a classifier.pt")
     head = CosineMLP(checkpoint["feature_dim"], len(checkpoint["classes"]))
     head.load_state_dict(checkpoint["head"])
     return encoder, head.eval(), checkpoint
@@ -752,10 +741,9 @@ def classify(
         UserError: the classifier has other classes.
     """
     if set(classes) != set(checkpoint["classes"]):
-        raise data.UserError(
-            f"the data has the classes {', '.join(classes)}, and the classifier tells apart "
-            f"{', '.join(checkpoint['classes'])}; rename the folders of what is the same"
-        )
+        text = f"the data has the classes {', '.join(classes)}, and the classifier tells apart "
+        text += ", ".join(checkpoint["classes"])
+        raise data.UserError(f"{text}; rename the folders of what is the same")
     h = features_of(encoder, checkpoint, images, device, bf16)
     columns = [checkpoint["classes"].index(name) for name in classes]
     return probabilities(head, h).numpy()[:, columns]

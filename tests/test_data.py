@@ -545,7 +545,7 @@ def test_copies_that_were_scaled_compressed_brightened_or_mirrored_are_one_group
     assert groups.tolist() == [0, 0, 0, 0, 0, 1, 2]
 
 
-def test_twin_pairs_match_a_double_loop():
+def test_twin_pairs_match_a_double_loop(monkeypatch):
     """The even-odd trick and the blocks against cosines computed one by one."""
     rng = np.random.default_rng(0)
     base = rng.integers(0, 256, (6, 32, 32))
@@ -567,7 +567,8 @@ def test_twin_pairs_match_a_double_loop():
                 slow.add((i, j, int(not straight)))
     assert 10 < len(slow) < 100 and {only for _, _, only in slow} == {0, 1}
     for block in (5, 2048):
-        assert set(map(tuple, data.twin_pairs(pictures, 0.9, block).tolist())) == slow
+        monkeypatch.setattr(data, "BLOCK", block)
+        assert set(map(tuple, data.twin_pairs(pictures, 0.9).tolist())) == slow
 
 
 def test_groups_are_single_linkage():

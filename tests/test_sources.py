@@ -277,7 +277,7 @@ def test_a_mask_on_another_grid_is_an_error_that_names_both(tmp_path, monkeypatc
     write_nifti(tmp_path / "ms" / "Patient-1" / "1-LesionSeg-Flair.nii", lesions, grid)
     assert main.main(["data", "--data", "ms"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "1-Flair.nii" in error and "1-LesionSeg-Flair.nii" in error and "grid" in error
+    assert "1-Flair.nii" in error and "1-LesionSeg-Flair.nii" in error and "two grids" in error
 
 
 def test_the_patient_is_the_group_even_where_strangers_look_alike(tmp_path):
