@@ -167,7 +167,7 @@ TUMORS = ("glioma", "meningioma", "notumor", "pituitary")
 STAGES = ("non", "very_mild", "mild", "moderate")
 KNOWN_TASKS = {
     "tumor": KnownTask(TUMORS, "tumor", {"no": "notumor"}),
-    "stroke": KnownTask(("normal", "stroke"), "stroke", {}, STROKE_PATIENT),
+    "stroke": KnownTask(("normal", "stroke"), "stroke", {"no_stroke": "normal"}, STROKE_PATIENT),
     "alzheimer": KnownTask(STAGES, "alzheimer", {"verymild": "very_mild"}),
     "parkinson": KnownTask(("normal", "parkinson"), "parkinson"),
     "ms": KnownTask(("no-lesion", "lesion"), "^ms$|sclerosis", {"no_lesion": "no-lesion"}),
@@ -185,9 +185,11 @@ PARTS |= {"val": "val", "valid": "val", "validation": "val"}
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".parquet")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # Pillow knows more; some start programs
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"GIF8", b"II*\0", b"MM\0*")
-VOLUME = re.compile(r"\.nii(\.gz)?(?=/|$)", re.IGNORECASE)  # a file, or the path of its slices
+VOLUME = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+SLICE = re.compile(r"(.*\.nii(?:\.gz)?)/", re.IGNORECASE)  # the volume that a slice is of
 SHARD = re.compile(r"\.parquet$", re.IGNORECASE)
-MASK = re.compile(r"lesionseg|(?<![a-z])(mask|d?seg)(?![a-z])", re.IGNORECASE)  # of a volume's file
+# Volumes that mark something, and show nothing.
+MASK = re.compile(r"mask|lesionseg|(?<![a-z])([ad]?seg|aparc|roi|labels?|lesions?)(?![a-z])", re.I)
 
 
 def is_picture(path: str) -> bool:
@@ -329,7 +331,9 @@ def find_sources(paths: list[str], root_name: str, pattern: Pattern | None) -> l
         numbers = dict(zip("0123456789", sorted(known.classes), strict=False))
         spelling = numbers if set(names) == set(numbers) else spelling
         named = [(r, name, os.path.basename(paths[r])) for name in names for r in kids[name]]
-        rows = [(r, spelling[n], plain[r][1], f"{n}/{file}") for r, n, file in named]
+        # A training part alone (Hugging Face calls a whole data set "train") is no split.
+        split = {plain[r][1] for r, *_ in named} & {"val", "test"}
+        rows = [(r, spelling[n], plain[r][1] if split else "", f"{n}/{f}") for r, n, f in named]
         found = set(spelling.values())
         if len(found) < 2:  # one class in two spellings
             return below
@@ -507,9 +511,11 @@ def volume_slices(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
             raise UserError(f"{grids} are on two grids; resample one, or take the mask away")
         area = (lesions > 0.5).sum(axis=(0, 1)) * abs(np.linalg.det(affine[:2, :2]))  # (Z,) mm^2
         classes = np.where(area >= LESION_AREA, "lesion/", "no-lesion/")
-    volume = np.where(np.isfinite(volume), volume, 0)
-    low, high = np.percentile(volume, WINDOW)
-    gray = ((volume - low) / max(high - low, 1e-12)).clip(0, 1)
+    finite = np.isfinite(volume)
+    if not finite.any():
+        raise ValueError("no voxel of it has a number")
+    low, high = np.percentile(volume[finite], WINDOW)
+    gray = ((np.where(finite, volume, low) - low) / max(high - low, 1e-12)).clip(0, 1)
     full = (gray > 0.1).sum(axis=(0, 1))  # (Z,) pixels with something in them
     side = np.linalg.norm(affine[:3, :2], axis=0)  # of a voxel, in mm
     size = np.round(side / side.min() * gray.shape[:2]).astype(int)  # pixels become square
@@ -552,9 +558,10 @@ def shard_pictures(path: str | Path, group: int) -> Iterator[tuple[str, np.ndarr
         entries = (entry for batch in batches for entry in batch.to_pylist())
         for row, entry in enumerate(entries, first):
             label = entry.get("label")
-            class_ = str(names.get(label, label)).replace("/", "_")
+            class_ = str(names.get(label, label)).replace("/", "_")[:40]
             try:
-                gray = read_gray(io.BytesIO(entry["image"]["bytes"]))
+                image = entry["image"]
+                gray = read_gray(io.BytesIO(image["bytes"] if isinstance(image, dict) else image))
             except Exception as error:
                 gray = error
             yield f"{class_}/{row}".lstrip("/"), gray
@@ -616,29 +623,35 @@ class Pictures:
 def row_type(size: int) -> np.dtype:
     """A row of the cache: one picture, or why it cannot be read.
 
-    The rows of a file are written at once, and the last has the key: where it is, all are.
+    The rows of a file are written at once, and the last has the key. So rows after the last key are
+    of a write that was cut short.
     """
-    fields = [("key", "S16"), ("name", "S96"), ("why", "S96"), ("hash", "u1", 16)]
+    fields = [("key", "S16"), ("name", "S192"), ("why", "S96"), ("hash", "u1", 16)]
     fields += [("thumbnail", "u1", (THUMBNAIL, THUMBNAIL)), ("square", "u1", (size, size))]
     return np.dtype(fields)
 
 
 def map_rows(file: Path, size: int) -> tuple[np.ndarray, dict[bytes, range]]:
-    """The rows of a cache file, memory-mapped (one empty row if none), and those of each key."""
+    """The rows of a cache file, memory-mapped (one empty row if none), and those of each key.
+
+    What a write that was cut short has left is taken off.
+    """
     kind = row_type(size)
     file.touch()
     count = file.stat().st_size // kind.itemsize
-    os.truncate(file, count * kind.itemsize)  # takes off a row that was cut short
-    rows = np.memmap(file, kind, "r") if count else np.zeros(1, kind)
+    rows = np.memmap(file, kind, "r", shape=count) if count else np.zeros(1, kind)
     ends = np.flatnonzero(rows["key"] != b"") + 1
+    os.truncate(file, ends.max(initial=0) * kind.itemsize)
     ranges = map(range, np.append(0, ends).tolist(), ends.tolist())
-    return rows, dict(zip(rows["key"][ends - 1].tolist(), ranges, strict=True))
+    return rows[: ends.max(initial=1)], dict(
+        zip(rows["key"][ends - 1].tolist(), ranges, strict=True)
+    )
 
 
 def row_groups(path: str) -> range:
     """The parts that a file can be decoded in: a shard has many."""
     try:
-        return range(open_shard(path).num_row_groups if SHARD.search(path) else 1)
+        return range(open_shard(path).num_row_groups or 1 if SHARD.search(path) else 1)
     except (OSError, ValueError):
         return range(1)  # decoding will say why
 
@@ -674,6 +687,8 @@ def decode_part(job: tuple[Path | None, str, int, bytes, int]) -> bytes | Except
                     row["hash"] = np.frombuffer(digest, np.uint8, 16)
                     row["thumbnail"], row["square"] = thumbnail(gray), fit_square(gray, size)
                 rows.append(row)
+        if not rows:
+            raise ValueError("there is nothing in it")
         rows[-1]["key"] = key
         return b"".join(row.tobytes() for row in rows)
     except Exception as error:  # a broken file can make PIL raise nearly anything
@@ -754,8 +769,8 @@ def sketch(vectors: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (the coordinates (n, 128) along these, the length (n,) of what they leave over)
     """
-    basis = torch.linalg.eigh(vectors.T @ vectors).eigenvectors[:, -SKETCH:]  # (512, 128)
-    short = vectors @ basis
+    gram = (vectors.T @ vectors).double()  # of one picture alone, LAPACK fails in single precision
+    short = vectors @ torch.linalg.eigh(gram).eigenvectors[:, -SKETCH:].float()  # (n, 128)
     return short, (vectors.square().sum(dim=1) - short.square().sum(dim=1)).clamp(min=0).sqrt()
 
 
@@ -911,22 +926,41 @@ def patient_pairs(
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 
-def mere_resemblance(
-    twins: np.ndarray, patients: np.ndarray, homes: list[str], pictures: Pictures
-) -> np.ndarray:
-    """Which twins mean nothing, since names say whose pictures they are.
+def volume_pairs(paths: list[str]) -> np.ndarray:
+    """Join the slices of each volume, whoever's it is: (m, 2) int64, its first slice and each."""
+    first: dict[str, int] = {}
+    found = ((row, match[1]) for row, path in enumerate(paths) if (match := SLICE.match(path)))
+    pairs = [(first.setdefault(volume, row), row) for row, volume in found]
+    return np.array(pairs, np.int64).reshape(-1, 2)
 
-    Neighbouring slices of a volume look alike, with and without a lesion, and so do the slices of
-    strangers whose brains were moved onto one atlas. So between slices of one source's volumes
-    whose patients are known, only equal pixels count.
+
+def mere_resemblance(
+    twins: np.ndarray,
+    volumes: np.ndarray,
+    patients: np.ndarray,
+    homes: list[str],
+    names: np.ndarray,
+) -> np.ndarray:
+    """Which twins mean nothing: slices of volumes that look alike.
+
+    Neighbours in a volume do, with and without a lesion, and so do strangers whose brains lie on
+    one atlas. So within a volume, and between volumes of one source whose patients are known, only
+    equal pixels count.
+
+    Args:
+        twins, volumes, patients: as `twin_pairs`, `volume_pairs` and `patient_pairs` give them.
+        homes: as `homes_of` gives them.
+        names: (n,) equal where the pixels are.
 
     Returns:
         (m,) bool for the rows of `twins`, True = to be taken out.
     """
-    told = np.array([bool(VOLUME.search(path)) for path in pictures.paths])  # (n,)
-    told &= np.isin(np.arange(len(told)), patients[:, 1])
-    (a, b, _), home, pixels = twins.T, np.array(homes), pictures.names()
-    return told[a] & told[b] & (home[a] == home[b]) & (pixels[a] != pixels[b])
+    volume, home = np.full(len(names), -1), np.array(homes)
+    volume[volumes[:, 1]] = volumes[:, 0]
+    told = np.isin(np.arange(len(names)), patients[:, 1])
+    a, b, _ = twins.T
+    apart = (home[a] == home[b]) & told[a] & told[b] | (volume[a] == volume[b])
+    return (volume[a] >= 0) & (volume[b] >= 0) & apart & (names[a] != names[b])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1141,9 +1175,8 @@ def list_folder(root: Path) -> tuple[dict[tuple[str, int], str], int]:
     if not paths:
         layout = f"{root}/<task>/<class>/*.png, or loose pictures for pretraining alone"
         raise UserError(f"no pictures below {root} ({others} other files); expected {layout}")
-    files = [os.path.join(root, path) for path in paths]
-    found = zip(paths, files, strict=True)
-    return {(path, k): stamp(file) for path, file in found for k in row_groups(file)}, others
+    files = {path: os.path.join(root, path) for path in paths}
+    return {(path, k): stamp(f) for path, f in files.items() for k in row_groups(f)}, others
 
 
 def load(
@@ -1174,8 +1207,9 @@ def load(
     sources = find_sources(paths, root.resolve().name if root else "", pattern)
     homes = homes_of(paths, sources, pattern)
     patients = patient_pairs(paths, sources, homes, pattern)
-    twins = twins[~mere_resemblance(twins, patients, homes, pictures)]
-    groups = connected(len(paths), np.concatenate([twins[:, :2], patients]))
+    volumes = volume_pairs(paths)
+    twins = twins[~mere_resemblance(twins, volumes, patients, homes, pictures.names())]
+    groups = connected(len(paths), np.concatenate([twins[:, :2], patients, volumes]))
     return Collection(pictures, twins, patients, groups, sources, homes, others)
 
 

@@ -485,7 +485,7 @@ def left_out(study: Study) -> np.ndarray:
     why = np.full(len(study.pictures.paths), "", object)
     for task in study.tasks.values():
         held = task.groups[np.isin(task.split, ("val", "test"))]
-        why[np.isin(study.groups, held)] = "of a group that another task holds out"
+        why[np.isin(study.groups, held)] = "of a group that is held out"
     for task in study.tasks.values():
         why[task.rows] = np.where(task.split == "train", why[task.rows], task.split)
     why[why == "dropped"] = "dropped (in a group with those, or twins of two labels)"

@@ -872,6 +872,27 @@ def test_files_that_swap_their_names_are_decoded_anew(tmp_path):
     assert np.array_equal(read(root, tmp_path).pictures.hashes, before[::-1])
 
 
+def test_a_folder_called_like_a_known_task_with_other_classes_is_told_apart(tmp_path):
+    """tumor/{no,yes} beside a full set of the four: two tasks, whatever the folders are called."""
+    for i, class_ in enumerate(("glioma", "meningioma", "notumor", "pituitary")):
+        save(tmp_path / "scans" / "elsewhere" / class_ / "1.png", head(i))
+    for i, class_ in enumerate(("no", "yes")):
+        save(tmp_path / "scans" / "tumor" / class_ / "1.png", head(10 + i))
+    tasks = read(tmp_path / "scans", tmp_path).tasks
+    assert {name: task.classes for name, task in tasks.items()} == {
+        "tumor": ("glioma", "meningioma", "notumor", "pituitary"),
+        "tumor-notumor-yes": ("notumor", "yes"),
+    }
+
+
+def test_a_single_picture_has_no_twin():
+    """One direction alone, 511 eigenvalues of 0: LAPACK gave up on some such pictures."""
+    y, x = np.mgrid[-1:1:32j, -1:1:32j]
+    for seed in range(20):
+        masked = np.where(x**2 + y**2 < 0.8, head(seed, 32), 0).astype(np.uint8)
+        assert not len(data.twin_pairs(masked[None]))
+
+
 def test_blank_pictures_join_nobody(tmp_path):
     """Volumes end in black slices: as twins they would chain all patients into one."""
     for patient in range(4):

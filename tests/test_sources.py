@@ -71,6 +71,11 @@ def brain(seed: int, slices: int = 12) -> np.ndarray:
     return (ends[0][..., None] * (1 - share) + ends[1][..., None] * share).astype(np.float32)
 
 
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
 # --- reading a volume --------------------------------------------------------------------------
 
 
@@ -267,6 +272,16 @@ def test_a_slices_class_comes_from_the_mask_of_its_own_sequence(tmp_path):
     assert all("/" not in name for name in slices(tmp_path / "Patient-1" / "1-T1.nii"))
 
 
+def test_a_folder_may_be_called_like_a_volume(tmp_path):
+    """Kaggle unpacks 1-T1.nii into a folder 1-T1.nii."""
+    write_nifti(tmp_path / "in" / "1-T1.nii" / "1-T1.nii", brain(0, 3), np.eye(4))
+    save(tmp_path / "in" / "1-T1.nii" / "preview.png", head(0))
+    (tmp_path / "in" / "1-T1.nii" / "readme.txt").write_text("no picture")
+    pictures = heads.load(tmp_path / "in", 32, tmp_path / "cache").pictures
+    volume = [f"1-T1.nii/1-T1.nii/{z}" for z in range(3)]
+    assert pictures.paths == [*volume, "1-T1.nii/preview.png"] and not pictures.unreadable
+
+
 @pytest.mark.parametrize("wrong", ["shape", "place"])
 def test_a_mask_on_another_grid_is_an_error_that_names_both(tmp_path, monkeypatch, capsys, wrong):
     monkeypatch.chdir(tmp_path)
@@ -293,6 +308,56 @@ def test_the_patient_is_the_group_even_where_strangers_look_alike(tmp_path):
     assert np.unique(study.groups).tolist() == [0, 1, 2, 3, 4] and not len(study.twins)
     write_nifti(tmp_path / "in" / "Patient-9" / "9-Flair.nii", volume, np.eye(4))
     assert len(np.unique(heads.load(tmp_path / "in", 32, tmp_path / "cache").groups)) == 5
+    # Of another source the patients' names say nothing, and neither do files without a name.
+    (tmp_path / "in" / "Patient-1").rename(tmp_path / "elsewhere")
+    for place in ("a/x/Patient-1", "b/y/Patient-1"):
+        write_nifti(
+            tmp_path / "two" / place / "1-Flair.nii",
+            volume + noise.normal(0, 1, volume.shape),
+            np.eye(4),
+        )
+    save(tmp_path / "two" / "a" / "x" / "1.png", head(1))
+    assert heads.load(tmp_path / "two", 32, tmp_path / "cache").groups.tolist() == [0] + [1] * 24
+
+
+def test_a_volume_is_never_cut_even_if_nobody_is_named(tmp_path):
+    """Its slices drift from one picture to another, so that no twin would hold them together."""
+    for patient in range(6):
+        folder = tmp_path / "in" / "mine" / ("ill", "healthy")[patient % 2]
+        write_nifti(folder / f"IXI{patient:03d}-Guys-T1.nii.gz", brain(patient), np.eye(4))
+    study = heads.load(tmp_path / "in", 32, tmp_path / "cache")
+    volumes = np.array([path.rsplit("/", 1)[0] for path in study.pictures.paths])
+    assert len(set(volumes)) == len(set(study.groups.tolist())) == 6
+    assert len({*zip(volumes.tolist(), study.groups.tolist(), strict=True)}) == 6
+    assert (
+        not len(study.patients) and len(data.near_duplicate_groups(study.pictures.thumbnails)) > 6
+    )
+
+
+def test_what_a_cut_write_left_of_a_volume_goes_to_no_other_file(tmp_path):
+    """Killed after any row of three: else they would stand below the next file's name."""
+    write_nifti(tmp_path / "in" / "Patient-1" / "1-T1.nii", brain(0, 3), np.eye(4))
+    heads.load(tmp_path / "in", 32, tmp_path / "cache")
+    (file,) = (tmp_path / "cache").glob("*.rows")
+    whole, size = file.read_bytes(), data.row_type(32).itemsize
+    (tmp_path / "in" / "Patient-1").rename(tmp_path / "away")
+    save(tmp_path / "in" / "Patient-2" / "new.png", head(7))
+    for left in range(3):
+        file.write_bytes(whole[: left * size + left])
+        pictures = heads.load(tmp_path / "in", 32, tmp_path / "cache").pictures
+        assert pictures.paths == ["Patient-2/new.png"]
+        assert np.array_equal(pictures.thumbnails[0], data.thumbnail(head(7)))
+        assert file.stat().st_size == size
+
+
+def test_what_surrounds_a_head_may_be_no_number_and_air_may_be_negative(tmp_path):
+    """As in CT: outside nan, air -1000, the head above."""
+    volume = np.full((20, 24, 9), np.nan, "f4")
+    volume[2:-2, 2:-2, :7], volume[5:-5, 5:-5, :7] = -1000, -200
+    write_nifti(tmp_path / "v.nii", volume, np.eye(4))
+    seen = slices(tmp_path / "v.nii")
+    assert list(seen) == [str(z) for z in range(7)]
+    assert seen["3"][0, 0] == 0 and seen["3"][12, 10] == 255
 
 
 def test_a_changed_mask_changes_the_classes_and_a_mask_is_no_picture(tmp_path):
@@ -300,9 +365,17 @@ def test_a_changed_mask_changes_the_classes_and_a_mask_is_no_picture(tmp_path):
     write_nifti(folder / "1-Flair.nii", brain(3), np.eye(4))
     write_nifti(folder / "1-LesionSeg-Flair.nii", lesions, np.eye(4))
     write_nifti(folder / "1-LesionSeg-T1.nii", lesions, np.eye(4))
-    write_nifti(folder / "anat_seg.nii.gz", lesions, np.eye(4))
+    for name in (
+        "anat_seg",
+        "brainmask",
+        "sub-1_desc-brain_mask",
+        "aseg",
+        "lesion",
+        "x_label-L_roi",
+    ):
+        write_nifti(folder / f"{name}.nii.gz", lesions, np.eye(4))
     first = heads.load(tmp_path / "in", 32, tmp_path / "cache")
-    assert len(first.pictures.paths) == 12 and first.other_files == 3 and not first.tasks
+    assert len(first.pictures.paths) == 12 and first.other_files == 8 and not first.tasks
     lesions[5:15, 5:15, 6:] = 1
     write_nifti(folder / "1-LesionSeg-Flair.nii", lesions, np.eye(4))
     task = heads.load(tmp_path / "in", 32, tmp_path / "cache").task("ms")
@@ -356,7 +429,8 @@ def test_a_shards_pictures_lie_below_their_classes(parquet, tmp_path):
         assert study.pictures.squares(np.array([i])).shape == (1, 32, 32)
         assert np.array_equal(study.pictures.thumbnails[i], data.thumbnail(head(i)))
     task = study.task("in")
-    assert task.classes == ("b", "x_y") and len(task.rows) == 8 and set(task.parts) == {"train"}
+    assert task.classes == ("b", "x_y") and len(task.rows) == 8
+    assert set(task.parts) == {""}  # "train" alone is how Hugging Face calls the whole
 
 
 def test_classes_without_names_are_those_of_the_known_task_else_numbers(parquet, tmp_path):
@@ -375,6 +449,20 @@ def test_classes_without_names_are_those_of_the_known_task_else_numbers(parquet,
     assert [tasks["alzheimer"].classes[k] for k in tasks["alzheimer"].labels[::3]] == [
         "mild", "moderate", "non", "very_mild"
     ]  # fmt: skip
+
+
+def test_images_may_be_plain_bytes_and_a_shard_empty(parquet, tmp_path):
+    import pyarrow
+
+    (tmp_path / "in").mkdir()
+    table = pyarrow.table({"image": [png(head(0))], "label": ["a very long name " * 9]})
+    parquet.write_table(table, tmp_path / "in" / "a.parquet")
+    parquet.write_table(table.slice(0, 0), tmp_path / "in" / "b.parquet")
+    with parquet.ParquetWriter(tmp_path / "in" / "c.parquet", table.schema):
+        pass  # not a single row group
+    pictures = heads.load(tmp_path / "in", 32, tmp_path / "cache").pictures
+    assert pictures.paths[0] == f"a.parquet/{('a very long name ' * 9)[:40]}/0"
+    assert pictures.paths[1:] == ["b.parquet", "c.parquet"] and list(pictures.unreadable) == [1, 2]
 
 
 def test_the_parts_of_a_data_set_stand_in_its_shards_names(parquet, tmp_path):
@@ -414,11 +502,6 @@ def test_without_pyarrow_one_line_says_how_to_install_it(tmp_path, monkeypatch, 
 
 
 # --- the eight data sets, in miniature ---------------------------------------------------------
-
-
-def save(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
 
 
 def masoudnickparvar(root: Path, seed: int) -> None:
@@ -558,7 +641,10 @@ def test_all_eight_pretrain_together_without_a_test_picture(parquet, tmp_path, m
     capsys.readouterr()
     assert main.main(["pretrain", "--data", "scans", *small]) == 0
     out = capsys.readouterr().out
-    assert "source unlabelled (no labels): 1 of 2 pictures are used; left out: 1 of a group" in out
+    assert (
+        "unlabelled (no labels): 1 of 2 pictures are used; left out: 1 of a group that is held out"
+        in out
+    )
     for name, task in (("imagesoasis", "alzheimer"), ("BrainMRI", "BrainMRI")):
         assert f"source {name} ({task}): " in out
     tasks = {path.parent.name[5:] for path in Path("runs").glob("data-*/splits.csv")}
