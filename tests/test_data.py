@@ -885,6 +885,17 @@ def test_a_folder_called_like_a_known_task_with_other_classes_is_told_apart(tmp_
     }
 
 
+def test_a_folder_is_called_after_its_task_but_not_after_the_data_folder():
+    """brain-stroke-set/{no_stroke,stroke} is stroke; anything/{a,b} in my-stroke-study is not."""
+    assert tasks_of("x/brain-stroke-set/no_stroke/1.png", "x/brain-stroke-set/stroke/2.png") == {
+        "stroke": ("normal", "stroke")
+    }
+    mine = "anything/a/1.png", "anything/b/2.png"
+    assert set(tasks_of(*mine, root_name="my-stroke-study")) == {"anything"}
+    assert set(tasks_of(*mine, root_name="stroke")) == {"stroke"}
+    assert set(tasks_of("data/a/1.png", "data/b/2.png", root_name="my-stroke-study")) == {"stroke"}
+
+
 def test_a_single_picture_has_no_twin():
     """One direction alone, 511 eigenvalues of 0: LAPACK gave up on some such pictures."""
     y, x = np.mgrid[-1:1:32j, -1:1:32j]

@@ -160,6 +160,11 @@ def test_of_a_series_the_first_volume_is_read(tmp_path):
     voxels = np.arange(120, dtype="i2").reshape(3, 4, 5, 2)
     write_nifti(tmp_path / "v.nii.gz", voxels, np.eye(4))
     assert np.array_equal(data.read_nifti(tmp_path / "v.nii.gz")[0], voxels[..., 0])
+    write_nifti(tmp_path / "flat.nii", voxels[..., 0, 0], np.eye(4))
+    content = bytearray((tmp_path / "flat.nii").read_bytes())
+    content[46:56] = bytes(10)  # what lengths unused axes have is nobody's concern
+    (tmp_path / "flat.nii").write_bytes(content)
+    assert np.array_equal(data.read_nifti(tmp_path / "flat.nii")[0][..., 0], voxels[..., 0, 0])
 
 
 def test_nibabel_reads_the_same(tmp_path):
@@ -308,16 +313,31 @@ def test_the_patient_is_the_group_even_where_strangers_look_alike(tmp_path):
     assert np.unique(study.groups).tolist() == [0, 1, 2, 3, 4] and not len(study.twins)
     write_nifti(tmp_path / "in" / "Patient-9" / "9-Flair.nii", volume, np.eye(4))
     assert len(np.unique(heads.load(tmp_path / "in", 32, tmp_path / "cache").groups)) == 5
-    # Of another source the patients' names say nothing, and neither do files without a name.
-    (tmp_path / "in" / "Patient-1").rename(tmp_path / "elsewhere")
-    for place in ("a/x/Patient-1", "b/y/Patient-1"):
-        write_nifti(
-            tmp_path / "two" / place / "1-Flair.nii",
-            volume + noise.normal(0, 1, volume.shape),
-            np.eye(4),
-        )
-    save(tmp_path / "two" / "a" / "x" / "1.png", head(1))
-    assert heads.load(tmp_path / "two", 32, tmp_path / "cache").groups.tolist() == [0] + [1] * 24
+
+
+def test_volumes_of_two_sources_are_compared(tmp_path):
+    """Patient-1 of one hospital is not Patient-1 of another, but may be Patient-8."""
+    lesions = np.zeros((20, 24, 12), "u1")
+    lesions[5:12, 5:12, :6] = 1
+    for place, number in (("a", 1), ("b", 8)):
+        folder = tmp_path / "in" / place / f"Patient-{number}"
+        noise = np.random.default_rng(number).normal(0, 1, (20, 24, 12)).astype("f4")
+        write_nifti(folder / f"{number}-Flair.nii", brain(4) + noise, np.eye(4))
+        write_nifti(folder / f"{number}-LesionSeg-Flair.nii", lesions, np.eye(4))
+    study = heads.load(tmp_path / "in", 32, tmp_path / "cache")
+    assert set(study.homes) == {"a", "b"} and set(study.groups.tolist()) == {0}
+
+
+def test_neighbours_in_a_volume_with_and_without_a_lesion_contradict_nobody(tmp_path):
+    lesions = np.zeros((20, 24, 12), "u1")
+    lesions[5:12, 5:12, ::2] = 1
+    same = np.repeat(brain(4)[..., :1], 12, axis=2) + np.random.default_rng(0).normal(
+        0, 1, (20, 24, 12)
+    )
+    write_nifti(tmp_path / "ms" / "7-Flair.nii", same, np.eye(4))
+    write_nifti(tmp_path / "ms" / "7-LesionSeg-Flair.nii", lesions, np.eye(4))
+    task = heads.load(tmp_path / "ms", 32, tmp_path / "cache").task("ms")
+    assert len(task.rows) == 12 and "dropped" not in task.split
 
 
 def test_a_volume_is_never_cut_even_if_nobody_is_named(tmp_path):
