@@ -38,7 +38,7 @@ import re
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, permutations
@@ -330,10 +330,10 @@ def find_sources(paths: list[str], root_name: str, pattern: Pattern | None) -> l
         # Labels that a shard has no names for are numbers; Hugging Face deals them out by alphabet.
         numbers = dict(zip("0123456789", sorted(known.classes), strict=False))
         spelling = numbers if set(names) == set(numbers) else spelling
-        named = [(r, name, os.path.basename(paths[r])) for name in names for r in kids[name]]
+        files = [(r, name, os.path.basename(paths[r])) for name in names for r in kids[name]]
         # A training part alone (Hugging Face calls a whole data set "train") is no split.
-        split = {plain[r][1] for r, *_ in named} & {"val", "test"}
-        rows = [(r, spelling[n], plain[r][1] if split else "", f"{n}/{f}") for r, n, f in named]
+        split = {plain[r][1] for r, *_ in files} & {"val", "test"}
+        rows = [(r, spelling[n], plain[r][1] if split else "", f"{n}/{f}") for r, n, f in files]
         found = set(spelling.values())
         if len(found) < 2:  # one class in two spellings
             return below
@@ -351,7 +351,7 @@ def tell_apart(sources: list[Source], root_name: str) -> list[Source]:
     of classes keeps its name.
     """
     full = {(task, known.classes) for task, known in KNOWN_TASKS.items()}
-    for k in range(3):
+    for k in range(3):  # as long as names are shared: by folder, by path, by classes
         kinds = {(s.task, s.classes) for s in sources}
         names = [task for task, _ in kinds]
         for i, s in enumerate(sources):
@@ -745,7 +745,7 @@ def decode(
                 out.write(rows)
                 out.flush()
     cached, known = map_rows(file, size)
-    names, whys = ([*cached[field].tolist(), b""] for field in ("name", "why"))
+    names, whys = ([*cached[field].tolist(), b""] for field in ("name", "why"))  # b"" for row -1
     paths, place, bad = [], [], {}
     for key, (path, _) in parts_of.items():
         for row in known.get(key, (-1,)):  # -1: it could not be decoded
@@ -871,6 +871,13 @@ def near_duplicate_groups(thumbnails: np.ndarray, threshold: float = TWIN_COSINE
     return connected(len(thumbnails), twin_pairs(thumbnails, threshold))
 
 
+def same(keys: list[Hashable | None]) -> np.ndarray:
+    """Join what has the same key: (m, 2) int64 rows, its first and each; none where it is None."""
+    first: dict[Hashable, int] = {}
+    pairs = [(first.setdefault(key, row), row) for row, key in enumerate(keys) if key is not None]
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
 def homes_of(paths: list[str], sources: list[Source], pattern: Pattern | None) -> list[str]:
     """The folder that each picture belongs to, below the data folder.
 
@@ -905,33 +912,22 @@ def patient_pairs(
     Raises:
         UserError: no path matches the pattern.
     """
+    if pattern and not any(match[1] for match in map(pattern.search, paths) if match):
+        where = f"in none of the {len(paths)} paths, such as {paths[0]!r}"
+        raise UserError(f"--group-pattern {pattern.pattern!r} finds a patient {where}; mend it")
     asked = [[(pattern, path), (PATIENT, path)] for path in paths]
     for source in sources:
         known = KNOWN_TASKS.get(source.task, KnownTask(())).patient
         for row, _, _, name in source.rows:
             asked[row].append((known, name))
-    if pattern and not any(match[1] for match in map(pattern.search, paths) if match):
-        where = f"in none of the {len(paths)} paths, such as {paths[0]!r}"
-        raise UserError(f"--group-pattern {pattern.pattern!r} finds a patient {where}; mend it")
-    first: dict[tuple[str, str], int] = {}
-    pairs = []
-    for row, questions in enumerate(asked):
+    keys: list[tuple[str, str] | None] = []
+    for home, questions in zip(homes, asked, strict=True):
         found = (match for ask, text in questions if ask and (match := ask.search(text)))
         match = next((match for match in found if match[1]), None)
-        if match:
-            patient = re.sub(r"[-_ ]|(?<!\d)0+(?=\d)", "", match[1].lower())
-            everywhere = match.re is pattern or patient.startswith("oas1")
-            home = "" if everywhere else homes[row]
-            pairs.append((first.setdefault((home, patient), row), row))
-    return np.array(pairs, np.int64).reshape(-1, 2)
-
-
-def volume_pairs(paths: list[str]) -> np.ndarray:
-    """Join the slices of each volume, whoever's it is: (m, 2) int64, its first slice and each."""
-    first: dict[str, int] = {}
-    found = ((row, match[1]) for row, path in enumerate(paths) if (match := SLICE.match(path)))
-    pairs = [(first.setdefault(volume, row), row) for row, volume in found]
-    return np.array(pairs, np.int64).reshape(-1, 2)
+        patient = re.sub(r"[-_ ]|(?<!\d)0+(?=\d)", "", match[1].lower()) if match else ""
+        everywhere = match and (match.re is pattern or patient.startswith("oas1"))
+        keys.append(("" if everywhere else home, patient) if match else None)
+    return same(keys)
 
 
 def mere_resemblance(
@@ -948,7 +944,8 @@ def mere_resemblance(
     equal pixels count.
 
     Args:
-        twins, volumes, patients: as `twin_pairs`, `volume_pairs` and `patient_pairs` give them.
+        twins, patients: as `twin_pairs` and `patient_pairs` give them.
+        volumes: (m, 2) int64, each slice of a volume, and that volume's first one before it.
         homes: as `homes_of` gives them.
         names: (n,) equal where the pixels are.
 
@@ -1207,7 +1204,7 @@ def load(
     sources = find_sources(paths, root.resolve().name if root else "", pattern)
     homes = homes_of(paths, sources, pattern)
     patients = patient_pairs(paths, sources, homes, pattern)
-    volumes = volume_pairs(paths)
+    volumes = same([match[1] if (match := SLICE.match(path)) else None for path in paths])
     twins = twins[~mere_resemblance(twins, volumes, patients, homes, pictures.names())]
     groups = connected(len(paths), np.concatenate([twins[:, :2], patients, volumes]))
     return Collection(pictures, twins, patients, groups, sources, homes, others)

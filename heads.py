@@ -482,10 +482,9 @@ def left_out(study: Study) -> np.ndarray:
     dropped. This is what keeps an encoder from having seen, without its label, the very picture (or
     patient) it is later tested on.
     """
-    why = np.full(len(study.pictures.paths), "", object)
-    for task in study.tasks.values():
-        held = task.groups[np.isin(task.split, ("val", "test"))]
-        why[np.isin(study.groups, held)] = "of a group that is held out"
+    held = [task.groups[np.isin(task.split, ("val", "test"))] for task in study.tasks.values()]
+    why = np.full(len(study.groups), "", object)
+    why[np.isin(study.groups, np.concatenate([*held, []]))] = "of a group that is held out"
     for task in study.tasks.values():
         why[task.rows] = np.where(task.split == "train", why[task.rows], task.split)
     why[why == "dropped"] = "dropped (in a group with those, or twins of two labels)"
