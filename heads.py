@@ -544,7 +544,7 @@ def refuse_leak(study: Study, task: Task, seen: np.ndarray, allowed: bool) -> li
         raise data.UserError(
             f"the encoder was pretrained on {len(leaked)} of the {len(rows)} test pictures of "
             f"{task.name} or on others of their groups, the first is {leaked[0]!r}; pretrain with "
-            "the same data flags, or give --allow-leak for a figure not to be believed"
+            "the same --data, --group-pattern and --resplit (--allow-leak goes on all the same)"
         )
     return leaked
 
@@ -599,7 +599,8 @@ def unseen_part(
         raise data.UserError(
             f"no picture of {task.name} is left to test: the classifier was trained on "
             f"{known.sum()} of {len(paths)} or on others of their groups, {before.sum()} more are "
-            "dropped; give pictures from elsewhere, or --allow-leak for a figure not to be believed"
+            f"dropped, the first is {(paths or [None])[0]!r}; give pictures from elsewhere "
+            "(--allow-leak goes on all the same)"
         )
     notes = {
         "rule": "everything the classifier has not seen",

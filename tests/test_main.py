@@ -64,7 +64,10 @@ def refused(capsys, *words: str) -> str:
 def test_pretrain_then_probe_writes_every_artifact(capsys):
     assert main.main(["pretrain"]) == 0
     out = capsys.readouterr().out
-    assert "source tumor (tumor): 24" in out and "next: python main.py probe --task tumor" in out
+    assert (
+        "source tumor (tumor): 72 of 96 pictures are used" in out
+        and "next: python main.py probe --task tumor" in out
+    )
     run = Path("runs/phantoms/pretrain")
     assert {p.name for p in run.iterdir()} == {
         "config.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "curve.png"
