@@ -313,7 +313,8 @@ def pretraining_settings(
     print(*heads.usage(study), sep="\n")
     batch_size = min(args.batch_size, n // PROCESSES * PROCESSES)
     if batch_size < 2:
-        raise data.UserError(f"{n} pictures are left to pretrain on; contrasting takes at least 2")
+        why = "the lines above say why; --resplit helps where publishers' parts share their people"
+        raise data.UserError(f"{n} pictures are left to pretrain on, and it takes two: {why}")
     if batch_size % PROCESSES:
         raise data.UserError(
             f"{PROCESSES} processes cannot share a --batch-size of {batch_size} evenly; give a "
