@@ -50,7 +50,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
 THUMBNAIL = 32  # pixels a side: enough to know a head again, too few to see the noise
@@ -139,9 +139,9 @@ def seed_from(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def generator_for(*key: int) -> torch.Generator:
+def generator_for(*key: int) -> Generator:
     """A CPU generator for one step: its numbers are a function of `key` alone (`seed_from`)."""
-    return torch.Generator().manual_seed(seed_from(*key))
+    return Generator().manual_seed(seed_from(*key))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -413,7 +413,8 @@ def read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         the affine (4, 4) float64 from its voxel indices to mm)
 
     Raises:
-        OSError, ValueError, EOFError: it cannot be read, or is no such volume of real numbers.
+        OSError, ValueError, EOFError, zlib.error: it cannot be read, or is no such volume of real
+            numbers.
     """
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
@@ -500,7 +501,7 @@ def volume_slices(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
 
     Raises:
         UserError: the mask is on another grid than the volume.
-        OSError, ValueError, EOFError: as in `read_nifti`.
+        OSError, ValueError, EOFError, zlib.error: as in `read_nifti`.
     """
     (volume, affine), mask = read_nifti(path), lesion_mask(path)
     classes = [""] * volume.shape[2]
@@ -514,7 +515,9 @@ def volume_slices(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
     finite = np.isfinite(volume)
     if not finite.any():
         raise ValueError("no voxel of it has a number")
-    low, high = np.percentile(volume[finite], WINDOW)
+    low, high = map(
+        float, np.percentile(volume[finite], WINDOW)
+    )  # numpy's would make float64 of all
     gray = ((np.where(finite, volume, low) - low) / max(high - low, 1e-12)).clip(0, 1)
     full = (gray > 0.1).sum(axis=(0, 1))  # (Z,) pixels with something in them
     side = np.linalg.norm(affine[:3, :2], axis=0)  # of a voxel, in mm
@@ -642,10 +645,9 @@ def map_rows(file: Path, size: int) -> tuple[np.ndarray, dict[bytes, range]]:
     rows = np.memmap(file, kind, "r", shape=count) if count else np.zeros(1, kind)
     ends = np.flatnonzero(rows["key"] != b"") + 1
     os.truncate(file, ends.max(initial=0) * kind.itemsize)
-    ranges = map(range, np.append(0, ends).tolist(), ends.tolist())
-    return rows[: ends.max(initial=1)], dict(
-        zip(rows["key"][ends - 1].tolist(), ranges, strict=True)
-    )
+    ranges = map(range, np.append(0, ends).tolist(), ends.tolist())  # each from the end before it
+    found = dict(zip(rows["key"][ends - 1].tolist(), ranges, strict=True))
+    return rows[: ends.max(initial=1)], found
 
 
 def row_groups(path: str) -> range:
@@ -731,7 +733,7 @@ def decode(
     # Processes, not threads: half of the work on a small picture holds the interpreter's lock.
     many = len(jobs) >= FEW or any(VOLUME.search(j[1]) or SHARD.search(j[1]) for j in jobs)
     cores, failed = (os.cpu_count() or 1) * many, {}
-    workers = {"num_workers": cores, "worker_init_fn": follow_parent}
+    workers = {"num_workers": cores, "worker_init_fn": follow_parent, "generator": Generator()}
     batch = max(1, min(16, len(jobs) // (4 * cores + 1)))
     results = chain.from_iterable(DataLoader(jobs, batch, collate_fn=decode_parts, **workers))
     results = progress(results, total=len(jobs), desc="decode", unit="file")
@@ -1273,7 +1275,7 @@ def affine_matrix(shift_x: Tensor, shift_y: Tensor, scale: Tensor, shear: Tensor
     return unshear @ unscale @ unshift
 
 
-def draw_views(V: int, generator: torch.Generator) -> ViewParameters:
+def draw_views(V: int, generator: Generator) -> ViewParameters:
     """Draw the parameters of V views.
 
     A view takes one row of 14 uniform numbers, whatever happens to it, and all rows are drawn at
@@ -1386,7 +1388,7 @@ def apply_views(
 
 
 def random_views(
-    images: Tensor, generator: torch.Generator, mean: float = 0.5, std: float = 0.5
+    images: Tensor, generator: Generator, mean: float = 0.5, std: float = 0.5
 ) -> tuple[Tensor, Tensor]:
     """Two independent random views of each slice (arXiv 2002.05709, §2.1: t, t' ~ T).
 
