@@ -313,8 +313,8 @@ def pretraining_settings(
     print(*heads.usage(study), sep="\n")
     batch_size = min(args.batch_size, n // PROCESSES * PROCESSES)
     if batch_size < 2:
-        why = "the lines above say why; --resplit helps where publishers' parts share their people"
-        raise data.UserError(f"{n} pictures are left to pretrain on, and it takes two: {why}")
+        text = f"{n} pictures are left to pretrain on (see above), and contrasting takes at least 2"
+        raise data.UserError(f"{text}; where publishers' parts share patients, --resplit helps")
     if batch_size % PROCESSES:
         raise data.UserError(
             f"{PROCESSES} processes cannot share a --batch-size of {batch_size} evenly; give a "
