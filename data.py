@@ -1,4 +1,4 @@
-"""Turn a folder of brain scans into pictures, groups, splits and pairs of augmented views.
+"""Turn a folder of brain scans into pictures, groups, tasks and pairs of augmented views.
 
 Three ideas carry this file. (1) A picture is decoded once, to one gray square of bytes; everything
 later reads that array. (2) Pictures that belong together (one patient, or near-identical copies)
@@ -1185,7 +1185,7 @@ def load(
     progress: Callable[..., Iterable] = lambda items, **_: items,
     pattern: Pattern | None = None,
 ) -> Collection:
-    """Read a data folder, or the phantoms, into one Collection. Every command starts here.
+    """Read a data folder, or the phantoms, into one Collection; `heads.load` splits its tasks.
 
     Args:
         root: the folder; None for the phantoms.
@@ -1197,8 +1197,7 @@ def load(
     Raises:
         UserError: no such folder, no pictures in it, or a pattern that matches none.
     """
-    phantoms = {(path, 0): "" for path in phantom_paths()}
-    parts, others = list_folder(root) if root else (phantoms, 0)
+    parts, others = list_folder(root) if root else ({(p, 0): "" for p in phantom_paths()}, 0)
     with locked(cache, wait=True):  # so that commands that start together decode once
         pictures = decode(root, parts, image_size, cache, progress)
         twins = cached_twins(pictures.thumbnails, cache)

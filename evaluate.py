@@ -304,7 +304,8 @@ def publishers_leak(
         none = "As published, no Testing picture has a twin in Training."
         return [none] if (part == "test").any() else []
     swapped = part[across[:, 0]] == "train"
-    tested, trained = np.where(swapped, across[:, 1::-1].T, across[:, :2].T)  # (k,) each
+    tested = np.where(swapped, across[:, 1], across[:, 0])
+    trained = np.where(swapped, across[:, 0], across[:, 1])
     same = np.unique(tested[pixels[tested] == pixels[trained]])
     found, straight = np.unique(tested), np.unique(tested[across[:, 2] == 0])
     sharing = (part == "train") & np.isin(groups, groups[part == "test"])  # (N,) bool

@@ -5,7 +5,8 @@ encoder may not change. So the encoder sees each picture once, in eval mode, and
 is trained on those features; seconds, not hours, and few labels are enough. The head is a cosine
 classifier: it compares directions, so a class cannot win by having longer weights, which helps
 where classes are unequal in size. A score counts only where nothing tested was trained on: the
-second half of this file sees to that: for pretraining, for a probe, for pictures from elsewhere.
+splits, which come first here, and the second half of this file see to that: for pretraining, for a
+probe, for pictures from elsewhere.
 
     m = two times: Linear -> BatchNorm -> ReLU -> Dropout         (N, E) -> (N, 128)
     logits_k = s * cos(m, w_k),  s learnable, from 10    (Gidaris and Komodakis, 1804.09458, §3.2)
