@@ -1211,6 +1211,25 @@ def load(
     return Collection(pictures, twins, patients, groups, sources, homes, others)
 
 
+def load_files(
+    paths: Iterable[Path], image_size: int, cache: Path, progress: Callable[..., Iterable]
+) -> Pictures:
+    """Read files and folders for their pictures alone: no tasks, no groups.
+
+    Raises:
+        UserError: one is not there, or a folder has no pictures.
+    """
+    parts: dict[tuple[str, int], str] = {}
+    for path in paths:
+        if path.is_file():
+            parts |= {(str(path), k): stamp(str(path)) for k in row_groups(str(path))}
+        else:
+            found, _ = list_folder(path)
+            parts |= {(os.path.join(path, name), k): text for (name, k), text in found.items()}
+    with locked(cache, wait=True):
+        return decode(Path(), parts, image_size, cache, progress)
+
+
 # ---------------------------------------------------------------------------------------------
 # Two views of a slice
 # ---------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -35,6 +36,7 @@ from PIL import Image, ImageDraw, ImageFont
 RESAMPLES = 2000  # the ends of a 95 % interval then move by 1 to 3 % of its width between seeds
 ECE_BINS = 15
 PARTS = ("train", "val", "test", "dropped")
+KNN_NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07  # 1805.01978 has 200 and 0.07, for ImageNet
 LEAK_SPLITS = 5
 LEAK_QUERIES = 10_000  # pictures asked for their nearest neighbour; more would only take longer
 
@@ -155,22 +157,55 @@ def weighted_metrics(
     }
 
 
+def reliability(labels: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Confidence and accuracy in each of 15 equal bins (low, high] of the top probability.
+
+    Returns:
+        count, mean top probability, accuracy: (15,) each; an empty bin has 0 in all.
+    """
+    top, right = probs.max(axis=1), probs.argmax(axis=1) == labels  # (N,), (N,) bool
+    which = np.clip(np.ceil(top * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
+    count, tops, rights = (np.bincount(which, w, ECE_BINS) for w in (np.ones(len(top)), top, right))
+    return count, ratio(tops, count, 0.0), ratio(rights, count, 0.0)
+
+
 def expected_calibration_error(labels: np.ndarray, probs: np.ndarray) -> float:
     """How far confidence is from accuracy (1706.04599, Eq. 3), in 15 bins of top probability.
 
     Returns:
         In [0, 1]; 0 is best. 100 pictures, all called rightly with probability 0.8, score 0.2.
     """
-    top, right = probs.max(axis=1), probs.argmax(axis=1) == labels  # (N,), (N,) bool
-    which = np.clip(np.ceil(top * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)  # bins (low, high]
-    gaps = np.bincount(which, weights=right - top, minlength=ECE_BINS)  # count * (accuracy - top)
-    return float(np.abs(gaps).sum() / len(labels))
+    count, confidence, accuracy = reliability(labels, probs)
+    return float((count * np.abs(accuracy - confidence)).sum() / len(labels))
 
 
 def negative_log_likelihood(labels: np.ndarray, probs: np.ndarray) -> float:
     """Mean -log p(true class) in nats; 0 is best, log K is a uniform guess."""
     true = probs[np.arange(len(labels)), labels]
     return float(-np.log(np.maximum(true, np.finfo(np.float64).tiny)).mean())
+
+
+def with_temperature(probs: np.ndarray, temperature: float) -> np.ndarray:
+    """(N, K) softmax(logits / temperature): above 1 it is less sure of the same answers."""
+    logits = np.log(np.maximum(probs, np.finfo(np.float64).tiny)) / temperature
+    scaled = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return scaled / scaled.sum(axis=1, keepdims=True)
+
+
+def fit_temperature(labels: np.ndarray, probs: np.ndarray) -> float:
+    """The temperature at which probabilities say best how sure they may be (1706.04599, §4.2).
+
+    Args:
+        labels, probs: of the val part, never of the test part; without pictures it is 1.
+
+    Returns:
+        That of the least negative log-likelihood, in [0.05, 20], to 1 %.
+    """
+    if not len(labels):
+        return 1.0
+    candidates = np.append(np.geomspace(0.05, 20, 600), 1.0)
+    losses = [negative_log_likelihood(labels, with_temperature(probs, t)) for t in candidates]
+    return float(candidates[np.argmin(losses)])
 
 
 def plain(value: float) -> float | None:
@@ -190,6 +225,7 @@ def classification_metrics(
 
     Returns:
         n, accuracy, balanced_accuracy, macro_precision, macro_recall, macro_f1, auroc, ece, nll;
+        majority_accuracy: of always answering the commonest class;
         per_class {name: precision, recall, f1, auroc, support}; confusion_matrix (rows = truth).
         None stands for what cannot be scored, such as the AUROC where one class alone is present.
 
@@ -218,12 +254,35 @@ def classification_metrics(
     }
     return {
         "n": len(labels),
+        "majority_accuracy": int(matrix.sum(axis=1).max()) / len(labels),
         **{name: plain(values[0]) for name, values in once.items() if values.ndim == 1},
         "ece": expected_calibration_error(labels, probs),
         "nll": negative_log_likelihood(labels, probs),
         "per_class": per_class,
         "confusion_matrix": matrix.tolist(),
     }
+
+
+def resample(groups: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """How often each of G groups is drawn in each of 2,000 resamples, G with replacement each time.
+
+    Returns:
+        (drawn (B, G), member (N,) in [0, G): the group of each picture)
+    """
+    _, member = np.unique(groups, return_inverse=True)
+    G = member.max() + 1
+    drawn = np.random.default_rng(seed).multinomial(G, np.full(G, 1 / G), size=RESAMPLES)
+    return drawn, member
+
+
+def mean_interval(values: np.ndarray, groups: np.ndarray) -> list[float]:
+    """95 % interval of the mean of `values` (N,), one for each picture, over resampled groups.
+
+    For a paired difference, `values` are the differences picture by picture.
+    """
+    drawn, member = resample(groups)
+    sums, sizes = np.bincount(member, values), np.bincount(member)  # (G,)
+    return np.quantile(drawn @ sums / (drawn @ sizes), [0.025, 0.975]).tolist()
 
 
 def group_bootstrap(
@@ -243,9 +302,7 @@ def group_bootstrap(
         cannot be scored, and for all where there is a single group: it has no spread to show.
     """
     labels, probs = np.asarray(labels, np.int64), np.asarray(probs, np.float64)
-    _, member = np.unique(groups, return_inverse=True)  # (N,) in [0, G)
-    G = member.max() + 1
-    drawn = np.random.default_rng(seed).multinomial(G, np.full(G, 1 / G), size=RESAMPLES)  # (B, G)
+    drawn, member = resample(groups, seed)
     block = max(1, 4_000_000 // len(labels))  # resamples at once: 32 MB an array
     rounds = [
         weighted_metrics(labels, probs, drawn[i : i + block, member].astype(np.float64))
@@ -255,7 +312,7 @@ def group_bootstrap(
     for name in ("accuracy", "balanced_accuracy", "macro_f1", "auroc"):
         values = np.concatenate([r[name] for r in rounds])
         values = values[~np.isnan(values)]
-        enough = G > 1 and len(values) > 0
+        enough = drawn.shape[1] > 1 and len(values) > 0
         intervals[name] = np.quantile(values, [0.025, 0.975]).tolist() if enough else None
     return intervals
 
@@ -280,6 +337,46 @@ class TestPart:
         """(N, K) what knows the classes' shares here, and nothing of the pictures, would answer."""
         shares = np.bincount(self.labels, minlength=len(self.classes)) / len(self.labels)
         return np.tile(shares, (len(self.labels), 1))
+
+
+# ---------------------------------------------------------------------------------------------
+# Two ways to look at features without training anything
+# ---------------------------------------------------------------------------------------------
+
+
+def nearest_neighbours(
+    known: np.ndarray, labels: np.ndarray, asked: np.ndarray, num_classes: int
+) -> np.ndarray:
+    """What the 20 nearest known pictures say of each that is asked (Wu et al., 1805.01978, §3.4).
+
+    A neighbour's vote weighs exp(cosine / 0.07).
+
+    Args:
+        known, labels: (n, E) features and (n,) int64 in [0, K) of pictures whose class is told.
+        asked: (N, E).
+
+    Returns:
+        (N, K) shares of the vote, rows sum to 1.
+    """
+    known, asked = (
+        x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for x in (known, asked)
+    )
+    cosine = asked @ known.T  # (N, n)
+    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :KNN_NEIGHBOURS]  # (N, k)
+    weights = np.exp((np.take_along_axis(cosine, nearest, axis=1) - 1) / KNN_TEMPERATURE)
+    votes = np.einsum("nk,nkc->nc", weights, np.eye(num_classes)[labels[nearest]])  # (N, K)
+    return votes / votes.sum(axis=1, keepdims=True)
+
+
+def principal_components(features: np.ndarray) -> np.ndarray:
+    """The two directions in which features differ most: (n, E) -> (n, 2), mean zero.
+
+    The sign of a direction means nothing; its largest entry is made positive, so that it is fixed.
+    """
+    x = features.astype(np.float64) - features.mean(axis=0)
+    axes = np.linalg.eigh(x.T @ x)[1][:, :-3:-1]  # (E, 2), unit columns, of the largest variances
+    largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=0)[None], axis=0)  # (1, 2)
+    return x @ (axes * np.sign(largest))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -515,66 +612,125 @@ def ticks(low: float, high: float) -> np.ndarray:
     return np.arange(first, last + 1) * step
 
 
-def curve_picture(
-    panels: dict[str, dict[str, Sequence[float]]], title: str, caption: str = ""
-) -> Image.Image:
-    """Draw values over epochs, a panel for each quantity, a line for each series in it.
+class Panel(NamedTuple):
+    """One pair of axes, and what is drawn between them."""
+
+    quantity: str  # what runs up
+    across: str  # what runs to the right
+    lines: dict[str, Sequence[Sequence[tuple[float, float]]]]  # by name: lines of points (x, y)
+    names: dict[float, str] | None = None  # marks on the x axis that are no numbers
+
+
+def chart(panels: Sequence[Panel], title: str, caption: str = "") -> Image.Image:
+    """Draw panels side by side; a line of a single point is a dot.
 
     Args:
-        panels: {quantity: {series: one value an epoch}}.
+        caption: a warning printed in red below.
     """
-    wide, high = 300, 200
-    names = list(dict.fromkeys(name for series in panels.values() for name in series))
-    color_of = {name: LINES[i % len(LINES)] for i, name in enumerate(names)}
-    image, draw = page(70 + len(panels) * (wide + 60), high + 130, title, caption)
-    for i, (quantity, series) in enumerate(panels.items()):
-        left, top = 60 + i * (wide + 60), 70
-        values = np.array([v for line in series.values() for v in line])
-        marks = ticks(values.min(), values.max()) if len(values) else np.array([0.0, 1.0])
-        low, rise = marks[0], max(marks[-1] - marks[0], 1e-9)
-        epochs = max(1, *(len(line) for line in series.values()))
-        write(draw, (left, top - 26), quantity, 12, MUTED)
-        for mark in marks:
-            y = top + high * (1 - (mark - low) / rise)
-            draw.line(((left * SCALE, y * SCALE), ((left + wide) * SCALE, y * SCALE)), GRID, SCALE)
+    wide, high, aside = 300, 220, 170
+    image, draw = page(70 + len(panels) * (wide + aside), high + 130, title, caption)
+    for i, panel in enumerate(panels):
+        left, top = 60 + i * (wide + aside), 74
+        found = [point for lines in panel.lines.values() for line in lines for point in line]
+        points = np.array(found or [(0, 0), (1, 1)], float)  # (m, 2)
+        (x_low, y_low), (x_high, y_high) = points.min(axis=0), points.max(axis=0)
+        y_marks = ticks(y_low, y_high)
+        names = panel.names or {m: f"{m:.4g}" for m in ticks(x_low, x_high)}
+        y_low, y_rise, x_rise = y_marks[0], max(np.ptp(y_marks), 1e-9), max(x_high - x_low, 1e-9)
+
+        def place(
+            x: float, y: float, at: tuple = (left, top, x_low, x_rise, y_low, y_rise)
+        ) -> tuple:
+            """Where a point of the panel lies, in page units."""
+            left, top, x_low, x_rise, y_low, y_rise = at
+            return left + wide * (x - x_low) / x_rise, top + high * (1 - (y - y_low) / y_rise)
+
+        write(draw, (left, top - 26), panel.quantity, 12, MUTED)
+        write(draw, (left + wide / 2, top + high + 30), panel.across, 10, MUTED, "mm")
+        for mark in y_marks:
+            _, y = place(x_low, mark)
+            draw.line((left * SCALE, y * SCALE, (left + wide) * SCALE, y * SCALE), GRID, SCALE)
             write(draw, (left - 6, y), f"{mark:.4g}", 10, MUTED, "rm")
-        for epoch in sorted({1, (epochs + 1) // 2, epochs}):
-            x = left + wide * (epoch - 1) / max(epochs - 1, 1)
-            write(draw, (x, top + high + 12), str(epoch), 10, MUTED, "mm")
-        write(draw, (left + wide / 2, top + high + 28), "epoch", 10, MUTED, "mm")
-        for name, line in series.items():
-            color = color_of[name]
-            x = left + wide * np.arange(len(line)) / max(epochs - 1, 1)
-            y = top + high * (1 - (np.array(line) - low) / rise)
-            points = list(zip((x * SCALE).tolist(), (y * SCALE).tolist(), strict=True))
-            if len(points) > 1:
-                draw.line(points, color, 2 * SCALE, joint="curve")
-            for px, py in points if len(points) == 1 else []:
-                draw.ellipse((px - 6, py - 6, px + 6, py + 6), fill=color)
-        if len(series) > 1:
-            x = left + wide
-            for name in reversed(series):
-                write(draw, (x, top - 26), name, 11, color_of[name], "ra")
-                x -= 12 + draw.textlength(name, font(11)) / SCALE
+        for mark, name in names.items():
+            if x_low <= mark <= x_high:
+                write(draw, (place(mark, y_low)[0], top + high + 12), name, 10, MUTED, "mm")
+        for k, (name, lines) in enumerate(panel.lines.items()):
+            color = LINES[k] if k < len(LINES) else f"hsl({k * 137 % 360}, 65%, 45%)"
+            for line in lines:
+                spots = [(x * SCALE, y * SCALE) for x, y in (place(*point) for point in line)]
+                draw.line(spots, color, 2 * SCALE, joint="curve")
+                for x, y in spots if len(spots) == 1 else ():
+                    draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=color)
+            if len(panel.lines) > 1:
+                write(draw, (left + wide + 10, top + 15 * k), name[:28], 11, color)
     return image
+
+
+def over_epochs(values: Sequence[float]) -> list[list[tuple[float, float]]]:
+    """A line over the epochs 1, 2, ..., as `Panel` takes it."""
+    return [list(enumerate(values, 1))] if values else []
 
 
 def pretraining_picture(records: list[dict]) -> Image.Image:
     """curve.png of a pretraining, from the records of its epochs."""
-    panels = {
-        "NT-Xent (nats)": {"loss": [r["loss"] for r in records]},
-        "contrastive accuracy": {"accuracy": [r["contrastive_accuracy"] for r in records]},
-    }
-    return curve_picture(panels, "Pretraining")
+    loss, found = ([r[key] for r in records] for key in ("loss", "contrastive_accuracy"))
+    panels = [Panel("NT-Xent (nats)", "epoch", {"loss": over_epochs(loss)})]
+    panels += [Panel("contrastive accuracy", "epoch", {"accuracy": over_epochs(found)})]
+    knn = [(r["epoch"], r["knn_accuracy"]) for r in records if "knn_accuracy" in r]
+    panels += [Panel("kNN accuracy, val part", "epoch", {"kNN": [knn]})] if knn else []
+    return chart(panels, "Pretraining")
 
 
 def training_picture(records: list[dict], title: str, caption: str) -> Image.Image:
-    """curve.png of a head's training, from the records of its epochs."""
+    """curve.png of a classifier's training, from the records of its epochs."""
     scored = [r for r in records if r["val_loss"] is not None]
-    losses = {"train": [r["train_loss"] for r in records], "val": [r["val_loss"] for r in scored]}
-    accuracy = {"val": [r["val_accuracy"] for r in scored]}
-    panels = {"cross-entropy (nats)": losses, "val accuracy": accuracy}
-    return curve_picture(panels, title, caption)
+    losses = {"train": over_epochs([r["train_loss"] for r in records])}
+    losses |= {"val": over_epochs([r["val_loss"] for r in scored])}
+    accuracy = {"val": over_epochs([r["val_accuracy"] for r in scored])}
+    panels = [Panel("cross-entropy (nats)", "epoch", losses)]
+    return chart([*panels, Panel("val accuracy", "epoch", accuracy)], title, caption)
+
+
+def roc_picture(test: TestPart, probs: np.ndarray, caption: str) -> Image.Image:
+    """roc.png: for each class, how many of it are found against how many others with them."""
+    lines = {}
+    for k, name in enumerate(test.classes):
+        order = np.argsort(-probs[:, k], kind="stable")
+        ends = np.flatnonzero(np.r_[np.diff(probs[order, k]) != 0, True])  # last of each tied score
+        hit = test.labels[order] == k
+        if 0 < hit.sum() < len(hit):
+            found, false = (np.r_[0, np.cumsum(x)[ends]] / x.sum() for x in (hit, ~hit))
+            lines[f"{name} {auroc(probs[:, k], test.labels == k)[0]:.3f}"] = [
+                list(zip(false, found, strict=True))
+            ]
+    panel = Panel("share of the class found", "share of the others called it, too", lines)
+    return chart([panel], f"{test.task}: ROC, each class against the rest (area)", caption)
+
+
+def reliability_picture(
+    test: TestPart, probs: np.ndarray, cooled: np.ndarray, caption: str
+) -> Image.Image:
+    """reliability.png: accuracy against confidence, before and after temperature scaling."""
+    lines = {"as sure as right": [[(0.0, 0.0), (1.0, 1.0)]]}
+    for name, p in (("before", probs), ("after scaling", cooled)):
+        count, confidence, accuracy = reliability(test.labels, p)
+        there = count > 0
+        error = expected_calibration_error(test.labels, p)
+        lines[f"{name}: ECE {error:.3f}"] = [
+            list(zip(confidence[there], accuracy[there], strict=True))
+        ]
+    panel = Panel("accuracy", "mean top probability of a bin", lines)
+    return chart([panel], f"{test.task}: is it right as often as it is sure?", caption)
+
+
+def map_picture(features: np.ndarray, labels: Sequence[str]) -> Image.Image:
+    """The map of `embed`: a dot for each picture, along the two principal components."""
+    spots, names = principal_components(features), np.array(labels)
+    lines = {
+        name or "no label": spots[names == name][:, None].tolist() for name in sorted(set(labels))
+    }
+    panel = Panel("second principal component", "first principal component", lines)
+    return chart([panel], f"{len(names):,} pictures, as the encoder sees them")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -596,11 +752,11 @@ def as_bytes(name: str, value: object) -> bytes:
 
     Args:
         name: its ending says what `value` is: .json a plain value, .jsonl records, .csv rows, .png
-            a picture; a text else.
+            a picture, .npz arrays by name; a text else.
     """
-    if name.endswith(".png"):
+    if name.endswith((".png", ".npz")):
         file = io.BytesIO()
-        value.save(file, "PNG")
+        np.savez(file, **value) if name.endswith(".npz") else value.save(file, "PNG")
         return file.getvalue()
     if name.endswith(".csv"):
         table = io.StringIO()
@@ -614,36 +770,138 @@ def as_bytes(name: str, value: object) -> bytes:
 
 
 def result_files(
-    test: TestPart, probs: np.ndarray, results: dict[str, dict], split: dict, caption: str
+    test: TestPart,
+    probs: np.ndarray,
+    results: dict[str, dict],
+    split: dict,
+    temperature: float,
+    caption: str,
 ) -> dict[str, object]:
-    """The files of a result, by name: metrics.json, report.txt, predictions.csv, confusion.png.
+    """The files of a result, by name: metrics.json, report.txt, predictions.csv and the pictures.
 
     Args:
         probs: (N, K) of the first of `results`.
         results: by name, `TestPart.measure`; the first is what was asked for, the others its
             baselines: one that has learnt nothing and, for a probe, raw pixels.
         split: how the split was made, in plain types.
-        caption: `leak_caption`; it goes into the report and the picture, and as "leaked" into the
+        temperature: `fit_temperature` of the val part.
+        caption: `leak_caption`; it goes into the report and the pictures, and as "leaked" into the
             metrics.
     """
     measured, *baselines = results.values()
+    cooled = with_temperature(probs, temperature)
     metrics = {"task": test.task, "classes": list(test.classes), **measured}
+    metrics |= {
+        "temperature": temperature,
+        "nll_scaled": negative_log_likelihood(test.labels, cooled),
+    }
+    metrics |= {"ece_scaled": expected_calibration_error(test.labels, cooled)}
     metrics |= dict(zip(("baseline", "raw_pixels"), baselines, strict=False))
     counts = f"{measured['n']:,} test pictures of {measured['n_groups']:,} groups"
     report = (
         f"{classification_report(measured)}\n{comparison_table(results)}"
-        f"{counts}; 95 % intervals from resampling groups\n" + f"{caption}\n" * bool(caption)
+        f"{counts}; 95 % intervals from resampling groups\n"
+        f"always answering the commonest class: accuracy {measured['majority_accuracy']:.3f}\n"
+        f"calibration error {metrics['ece']:.3f}; {metrics['ece_scaled']:.3f} after dividing the "
+        f"logits by {temperature:.2f}, the temperature of the val part\n"
+        + f"{caption}\n"
+        * bool(caption)
     )
-    header = ("path", "group", "label", "prediction", *(f"p_{name}" for name in test.classes))
-    predictions = [
-        (path, group, test.classes[label], test.classes[p.argmax()], *(f"{x:.9g}" for x in p))
-        for path, group, label, p in zip(test.paths, test.groups, test.labels, probs, strict=True)
-    ]
     title = f"{test.task}: accuracy {metrics['accuracy']:.3f} on {metrics['n']:,} pictures"
-    picture = confusion_picture(metrics["confusion_matrix"], test.classes, title, caption)
     return {
         "metrics.json": metrics | {"split": split, "leaked": bool(caption)},
         "report.txt": report,
-        "predictions.csv": [header, *predictions],
-        "confusion.png": picture,
+        "predictions.csv": prediction_table(test.paths, probs, test.classes, test),
+        "confusion.png": confusion_picture(
+            metrics["confusion_matrix"], test.classes, title, caption
+        ),
+        "roc.png": roc_picture(test, probs, caption),
+        "reliability.png": reliability_picture(test, probs, cooled, caption),
     }
+
+
+def prediction_table(
+    paths: Sequence[str], probs: np.ndarray, classes: Sequence[str], test: TestPart | None = None
+) -> list[tuple]:
+    """predictions.csv, header first: path, (group, label,) prediction, p_<class>...
+
+    Args:
+        probs: (N, K), written with 9 significant digits.
+        test: whose groups and labels are told beside the path.
+    """
+    told = [(g, classes[k]) for g, k in zip(test.groups, test.labels, strict=True)] if test else []
+    rows = [
+        (path, *known, classes[p.argmax()], *(f"{x:.9g}" for x in p))
+        for path, known, p in zip(paths, told or [()] * len(paths), probs, strict=True)
+    ]
+    names = ("path", *(("group", "label") if test else ()), "prediction")
+    return [(*names, *(f"p_{name}" for name in classes)), *rows]
+
+
+# ---------------------------------------------------------------------------------------------
+# What a comparison leaves behind
+# ---------------------------------------------------------------------------------------------
+
+METHODS = {  # of `compare`, as its table calls them
+    "probe": "probe, pretrained encoder",
+    "finetune": "fine-tuned, pretrained",
+    "scratch": "supervised from scratch",
+    "untrained": "probe, untrained encoder",
+    "knn": "kNN, pretrained encoder",
+}
+COLUMNS = ("method", "fraction", "seed", "groups", "pictures", "parameters", "seconds", "lr")
+SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
+
+
+def compare_files(cells: list[dict], test: TestPart, about: str) -> dict[str, object]:
+    """The files of a comparison: table.csv, a row for each fit; table.md; label_efficiency.png.
+
+    An interval is that of the mean over seeds, from resampling the test part's groups. A difference
+    is taken picture by picture, between what was fitted on the same labelled groups.
+
+    Args:
+        cells: as `heads.fit_cell` returns them, of all METHODS.
+        about: on the data, the split and the settings; it stands above the table.
+    """
+    measured = [classification_metrics(test.labels, np.array(c["probs"])) for c in cells]
+    rows = [(c, m) for c, m in zip(cells, measured, strict=True)]
+    rows = [(*(c[k] for k in COLUMNS), *(m[k] for k in SCORES)) for c, m in rows]
+    header = ("labels", "method", "accuracy", "minus scratch", "trained parameters", "seconds")
+    lines = [about, "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    drawn: dict[str, list] = {name: [[]] for name in METHODS.values()}
+    names = {}
+    for x, fraction in enumerate(sorted({cell["fraction"] for cell in cells})):
+        of = {
+            m: [c for c in cells if (c["fraction"], c["method"]) == (fraction, m)] for m in METHODS
+        }
+        means = {k: np.mean([c[k] for c in of["probe"]]) for k in ("groups", "pictures")}
+        names[x] = f"{100 * fraction:g} % ({means['groups']:.0f})"
+        labels = "{:g} %: {groups:.0f} groups, {pictures:.0f} pictures".format(
+            100 * fraction, **means
+        )
+        scratch = rights(of["scratch"], test).mean(axis=0)  # (N,)
+        for k, (method, name) in enumerate(METHODS.items()):
+            right = rights(of[method], test)  # (seeds, N)
+            mean, (low, high) = right.mean(), mean_interval(right.mean(axis=0), test.groups)
+            sd = f" ± {right.mean(axis=1).std(ddof=1):.3f}" if len(right) > 1 else ""
+            gain = right.mean(axis=0) - scratch
+            ends = mean_interval(gain, test.groups)
+            row = [labels, name, f"{mean:.3f}{sd} [{low:.3f}, {high:.3f}]"]
+            row += [f"{gain.mean():+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}]"]
+            row += [f"{of[method][0]['parameters']:,}"]
+            row += [f"{np.mean([c['seconds'] for c in of[method]]):.1f}"]
+            lines.append("| " + " | ".join(row) + " |")
+            beside = x + 0.04 * (k - 2)  # so that no interval hides another
+            drawn[name][0].append((beside, mean))
+            drawn[name] += [[(beside, mean)], [(beside, low), (beside, high)]]
+    panel = Panel("test accuracy, 95 % interval", "labelled groups in training", drawn, names)
+    return {
+        "table.csv": [(*COLUMNS, *SCORES), *rows],
+        "table.md": "\n".join(lines) + "\n",
+        "label_efficiency.png": chart([panel], f"{test.task}: what labels are worth"),
+    }
+
+
+def rights(cells: list[dict], test: TestPart) -> np.ndarray:
+    """(cells, N) 1.0 where a fit is right about a test picture."""
+    return np.array([np.array(c["probs"]).argmax(axis=1) == test.labels for c in cells], float)

@@ -1,4 +1,4 @@
-"""Train a classifier on what the encoder has learnt: the probe, a small head on a frozen encoder.
+"""Train a classifier on what the encoder has learnt: a probe, or the whole network, fine-tuned.
 
 The question a probe asks is how much of a diagnosis can be read off the representation h when the
 encoder may not change. So the encoder sees each picture once, in eval mode, and only a small head
@@ -18,9 +18,11 @@ Next: main.py
 
 import copy
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,10 @@ import simclr
 
 SPLIT_SEED = b"simclr-brain-1"  # a constant: --seed never moves a picture between the parts
 CHAIN_SHARE = 0.05  # a group above this share of its task may be strangers linked in a chain
+KNN_MOST = 1000  # pictures of each part that are looked at during a pretraining
+LEAST_STEPS = 10  # in an epoch of fine-tuning: of few pictures, one pass would be a step or two
+WARM_UP = 0.05  # of the steps of a fine-tuning, in which the learning rate rises
+SCRATCH_LRS = (1e-4, 3e-4, 1e-3)  # tried from random weights; the val part chooses
 CHAIN_LEAST = 4  # but no group of so few pictures is suspected
 
 # ---------------------------------------------------------------------------------------------
@@ -206,29 +212,6 @@ def load(*folder: Any, resplit: bool = False, **how: Any) -> Study:
 # ---------------------------------------------------------------------------------------------
 
 
-class Dropout(nn.Module):
-    """Silence units at random in training, and scale up the others (Srivastava et al., JMLR 2014).
-
-    As nn.Dropout, but for where chance comes from: torch draws a double for each unit, one after
-    the other, which took a quarter of a probe's time. 16 random bits are enough.
-
-    Args:
-        chance: that a unit is silenced, in [0, 1); exact to 1 / 65536.
-    """
-
-    def __init__(self, chance: float) -> None:
-        super().__init__()
-        self.chance = chance
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C) float -> the same shape."""
-        if not self.training:
-            return x
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-        bits = bits.view(torch.int16)[: x.numel()].view(x.shape).to(x.device)  # in [-32768, 32767]
-        return x * ((bits >= round(self.chance * 65536) - 32768) / (1 - self.chance))
-
-
 class CosineMLP(nn.Module):
     """The probe's head: a two-layer MLP, then the cosine to one learnt direction for each class.
 
@@ -252,7 +235,7 @@ class CosineMLP(nn.Module):
         layers: list[nn.Module] = []
         for width in hidden_dims:
             layers += [nn.Linear(in_features, width), nn.BatchNorm1d(width), nn.ReLU()]
-            layers += [Dropout(dropout)]
+            layers += [nn.Dropout(dropout)]
             in_features = width
         self.mlp = nn.Sequential(*layers)
         self.class_weights = nn.Parameter(torch.empty(num_classes, in_features))  # (K, 128)
@@ -268,6 +251,9 @@ class CosineMLP(nn.Module):
         m = F.normalize(self.mlp(h), dim=1)  # (N, 128), unit rows
         w = F.normalize(self.class_weights, dim=1)  # (K, 128), unit rows
         return self.scale * m @ w.T  # (N, K)
+
+
+HEADS = {"cosine_mlp": CosineMLP, "linear": nn.Linear}  # by head_type: (in_features, num_classes)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -315,7 +301,7 @@ def train_probe(
         After each epoch: epoch, train_loss (nats), val_loss, val_accuracy (None without val), lr.
     """
     (features, labels), n = train, len(train[0])
-    optimizer = simclr.adamw(head, lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = simclr.adamw(head, settings.weight_decay)
     best: tuple[float, float] | None = None
     best_weights = copy.deepcopy(head.state_dict())
     for epoch in range(1, settings.epochs + 1):
@@ -417,58 +403,309 @@ def features_of(
     return torch.cat(features)
 
 
-def representations(
-    encoder: simclr.ResNet,
+def untrained(arch: str, seed: int) -> simclr.ResNet:
+    """An encoder with random weights, which `seed` alone decides."""
+    torch.manual_seed(seed)
+    return simclr.ARCHITECTURES[arch]()
+
+
+def fit_probe(
+    features: Tensor, task: Task, settings: Probing, head_type: str, progress: Callable
+) -> tuple[nn.Module, list[dict], dict[str, np.ndarray]]:
+    """Train a head on one representation of a task's pictures; the val part chooses its epoch.
+
+    Args:
+        features: (n, E) float32, in the order of `task.rows`.
+        head_type: one of HEADS.
+        progress: wraps the epochs and shows how far they are, as tqdm does.
+
+    Returns:
+        the head, a record for each epoch, probabilities (m, K) of the val part and the test part.
+    """
+    labels, of = torch.from_numpy(task.labels), parts_of(task)
+    torch.manual_seed(settings.seed)  # the head's first weights
+    head = HEADS[head_type](features.shape[1], len(task.classes))
+    train, val = ((features[of[part]], labels[of[part]]) for part in ("train", "val"))
+    records = list(progress(train_probe(head, train, val, settings)))
+    return head, records, {p: probabilities(head, features[of[p]]).numpy() for p in ("val", "test")}
+
+
+def baselines(
     checkpoint: dict,
     pictures: data.Pictures,
     task: Task,
-    seed: int,
+    settings: Probing,
+    head_type: str,
+    progress: Callable,
     device: torch.device,
     bf16: bool,
-) -> dict[str, Tensor]:
-    """What the same head is trained on: the encoder's features and two that have learnt nothing.
+) -> dict[str, np.ndarray]:
+    """What the same head makes of two representations that have learnt nothing.
 
     Args:
-        encoder, checkpoint: as `simclr.load_encoder` returns them.
-        task: whose pictures, in the order of its rows.
-        seed: of the untrained encoder's weights.
-        device, bf16: as in `features_of`.
+        checkpoint: of the encoder that they are set beside.
 
     Returns:
-        by name, (n, E) float32 on the CPU.
+        by name, probabilities (N, K) of the test part.
     """
-    torch.manual_seed(seed)
-    untrained = simclr.ARCHITECTURES[checkpoint["arch"]]()
+    encoder, found = untrained(checkpoint["arch"], settings.seed), {}
     pixels = torch.from_numpy(pictures.thumbnails[task.rows]).flatten(1)  # (n, 1024)
     images = pictures.squares(task.rows)
-    return {
-        "pretrained encoder": features_of(encoder, checkpoint, images, device, bf16),
-        "untrained encoder": features_of(untrained, checkpoint, images, device, bf16),
-        "raw 32x32 pixels": pixels.float() / 127.5 - 1,
-    }
+    features = {"untrained encoder": features_of(encoder, checkpoint, images, device, bf16)}
+    features["raw 32x32 pixels"] = pixels.float() / 127.5 - 1
+    for name, h in features.items():
+        shown = partial(progress, desc=f"head, {name}")
+        found[name] = fit_probe(h, task, settings, head_type, shown)[2]["test"]
+    return found
 
 
-def fit_probes(
-    features: dict[str, Tensor], task: Task, settings: Probing, progress: Callable
-) -> dict[str, tuple[CosineMLP, list[dict], np.ndarray]]:
-    """Train the same head on each representation; the val part chooses its epoch.
+def knn_accuracy(
+    encoder: simclr.ResNet,
+    scaling: dict,
+    pictures: data.Pictures,
+    task: Task,
+    device: torch.device,
+    bf16: bool,
+) -> float | None:
+    """How many val pictures have nearest training pictures of their class (`nearest_neighbours`).
 
     Args:
-        features: by name, (n, E) float32 of all the task's pictures in the order of `task.rows`.
-        progress: wraps the epochs of one head and shows how far they are, as tqdm does.
+        scaling: the encoder's mean and std.
 
     Returns:
-        by name: the head, a record for each epoch, probabilities (N, K) of the test part.
+        A share of at most KNN_MOST of either part; None where one of them is empty.
     """
-    labels, fits = torch.from_numpy(task.labels), {}
-    train, val, test = (torch.from_numpy(task.split == p) for p in ("train", "val", "test"))
-    for name, h in features.items():
-        torch.manual_seed(settings.seed)  # the head's first weights
-        head = CosineMLP(h.shape[1], len(task.classes))
-        epochs = train_probe(head, (h[train], labels[train]), (h[val], labels[val]), settings)
-        records = list(progress(epochs, desc=f"head, {name}"))
-        fits[name] = head, records, probabilities(head, h[test]).numpy()
-    return fits
+    chance, of = np.random.default_rng(0), parts_of(task)
+    some = [chance.permutation(of[part])[:KNN_MOST] for part in ("train", "val")]
+    if not all(map(len, some)):
+        return None
+    squares = (pictures.squares(task.rows[rows]) for rows in some)
+    known, asked = (features_of(encoder, scaling, x, device, bf16).numpy() for x in squares)
+    labels = [task.labels[rows] for rows in some]
+    votes = evaluate.nearest_neighbours(known, labels[0], asked, len(task.classes))
+    return float((votes.argmax(axis=1) == labels[1]).mean())
+
+
+def parts_of(task: Task) -> dict[str, np.ndarray]:
+    """Where the pictures of each part stand among those of the task: (m,) int64."""
+    return {part: np.flatnonzero(task.split == part) for part in ("train", "val", "test")}
+
+
+# ---------------------------------------------------------------------------------------------
+# Fine-tuning: the encoder and one fully connected layer, end to end
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """The settings of a fine-tuning; the defaults are the published values."""
+
+    epochs: int = 30  # for each learning rate
+    batch_size: int = 64
+    lrs: tuple[float, ...] = (1e-4,)  # after the warm-up; of several, the val part chooses
+    weight_decay: float = 1e-4
+    seed: int = 0
+    mean: float = 0.5
+    std: float = 0.5
+
+
+def fine_tuning(
+    encoder: simclr.ResNet,
+    num_classes: int,
+    settings: FineTuning,
+    n: int,
+    device: torch.device,
+    bf16: bool,
+) -> simclr.Run:
+    """A fine-tuning that is about to begin; the head is new.
+
+    Args:
+        encoder: on the CPU; trained in place.
+        n: training pictures. Where they are few, they come round more than once in an epoch.
+    """
+    torch.manual_seed(settings.seed)
+    networks = {"encoder": encoder, "head": nn.Linear(encoder.feature_dim, num_classes)}
+    steps = max(LEAST_STEPS, -(-n // settings.batch_size))
+    run = simclr.Run(networks, settings, settings.epochs * len(settings.lrs), steps, device, bf16)
+    run.first = copy.deepcopy(run.networks.state_dict())  # with which each learning rate begins
+    return run
+
+
+def finetune(
+    run: simclr.Run,
+    images: np.ndarray,
+    train: tuple[np.ndarray, Tensor],
+    val: tuple[np.ndarray, Tensor],
+) -> Iterator[dict[str, float] | None]:
+    """Train encoder and head to the run's end, from wherever it is; end with the best weights.
+
+    Best means what it means in `train_probe`, over all epochs of all learning rates, each of which
+    begins with the same weights. The test part has no way in here.
+
+    Args:
+        images: (m, S, S) uint8, an array in memory or on disk.
+        train, val: (rows of images (n,) int64, labels (n,) int64).
+
+    Yields:
+        After each step None or, after an epoch's last one, its record: epoch, peak_lr, lr,
+        train_loss (nats, of augmented pictures), val_loss, val_accuracy (None without val)...
+    """
+    settings, networks, (rows, labels) = run.settings, run.networks, train
+    size, steps = min(settings.batch_size, len(rows)), settings.epochs * run.steps
+    run.since = time.perf_counter()
+    while not run.finished:
+        epoch = len(run.records) + 1
+        trial, before = divmod(epoch - 1, settings.epochs)  # which learning rate, its epochs done
+        if run.step == before == 0:
+            networks.load_state_dict(run.first)
+            run.optimizer = simclr.adamw(networks, settings.weight_decay)
+        # Step 0 of an epoch draws its order, step s >= 1 the views of its batch s.
+        generator = data.generator_for(settings.seed, epoch, 0)
+        rounds = 1 + run.steps * size // len(rows)
+        order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(rounds)])
+        order = order[: run.steps * size].view(run.steps, size)
+        for chosen in order[run.step :].numpy():  # (size,)
+            done = before * run.steps + run.step  # with this learning rate
+            lr = simclr.cosine_lr(done, steps, settings.lrs[trial], 0.0)
+            lr *= min(1.0, (done + 1) / (WARM_UP * steps))
+            simclr.set_lr(run.optimizer, lr)
+            batch = torch.from_numpy(images[rows[chosen]])[:, None].to(run.device)
+            targets = labels[chosen].to(run.device)
+            generator = data.generator_for(settings.seed, epoch, run.step + 1)
+            numbers = data.draw_views(size, generator)
+            views = data.apply_views(batch, numbers, settings.mean, settings.std)  # (N, 1, S, S)
+            logits = simclr.embed(networks, views, run.bf16).float()  # (N, K)
+            loss = F.cross_entropy(logits, targets)
+            run.optimizer.zero_grad()
+            loss.backward()
+            run.optimizer.step()
+            right = (logits.argmax(dim=1) == targets).float().mean()
+            run.sums += torch.stack([loss.detach(), right, torch.zeros_like(right)])
+            run.step += 1
+            run.tick()
+            yield validate(run, images, val, lr) if run.step == run.steps else None
+    if run.best:
+        networks.load_state_dict(run.best["networks"])
+    networks.eval()
+
+
+def validate(
+    run: simclr.Run, images: np.ndarray, val: tuple[np.ndarray, Tensor], lr: float
+) -> dict[str, float]:
+    """Record an epoch of `finetune` whose steps are done; keep its weights if it is the best."""
+    settings, networks, (rows, labels) = run.settings, run.networks, val
+    record = simclr.finish_epoch(run, lr, ("train_loss", "train_accuracy"))
+    record["peak_lr"] = settings.lrs[(record["epoch"] - 1) // settings.epochs]
+    h = features_of(networks["encoder"], vars(settings), images[rows], run.device, run.bf16)
+    h, labels = h.to(run.device), labels.to(run.device)
+    record["val_loss"], record["val_accuracy"] = score(networks["head"], h, labels)
+    networks.train()
+    rank = [record["val_accuracy"] or 0.0, -(record["val_loss"] or 0.0)]
+    if not run.best or rank > run.best["rank"] or not len(rows):
+        weights = copy.deepcopy(networks.state_dict())
+        run.best = {"rank": rank, "peak_lr": record["peak_lr"], "networks": weights}
+    return record
+
+
+# ---------------------------------------------------------------------------------------------
+# Comparing methods on the same few labels
+# ---------------------------------------------------------------------------------------------
+
+
+def label_subset(task: Task, fraction: float, seed: int) -> Task:
+    """A task in which only some of the training groups have kept their labels.
+
+    Of each class the first groups of a random order are taken, at least one. So for one seed the
+    groups of a smaller fraction are among those of a larger one.
+
+    Args:
+        fraction: of the training groups, in (0, 1].
+        seed: of the order.
+
+    Returns:
+        the task; the split of what has lost its label is "unlabelled".
+    """
+    train, split = np.flatnonzero(task.split == "train"), task.split.astype("U10")
+    groups, member = np.unique(task.groups[train], return_inverse=True)
+    votes = np.zeros((len(groups), len(task.classes)), np.int64)  # (G, K)
+    np.add.at(votes, (member, task.labels[train]), 1)
+    kept, generator = np.zeros(len(groups), bool), np.random.default_rng(seed)
+    for label in range(len(task.classes)):
+        # A group of several labels counts with its commonest, unless nobody else has this one.
+        mine = np.flatnonzero(votes.argmax(axis=1) == label)
+        mine = generator.permutation(mine if len(mine) else np.flatnonzero(votes[:, label]))
+        kept[mine[: max(1, round(fraction * len(mine)))]] = True
+    split[train[~kept[member]]] = "unlabelled"
+    return replace(task, split=split)
+
+
+def count_steps(task: Task, settings: FineTuning, fraction: float, seed: int, method: str) -> int:
+    """How many steps of training a fit of `compare` takes; those of a probe are not counted."""
+    n = (label_subset(task, fraction, seed).split == "train").sum()
+    trials = {"finetune": len(settings.lrs), "scratch": len(SCRATCH_LRS)}.get(method, 0)
+    return trials * settings.epochs * max(LEAST_STEPS, -(-n // settings.batch_size))
+
+
+def compare(
+    plan: Sequence[tuple[float, int, str]],
+    task: Task,
+    images: np.ndarray,
+    encoder: simclr.ResNet,
+    checkpoint: dict,
+    settings: FineTuning,
+    device: torch.device,
+    bf16: bool,
+) -> Iterator[dict | None]:
+    """Fit methods on the same labelled groups; the test part is asked once for each fit.
+
+    Args:
+        plan: (fraction of the training groups, seed, one of evaluate.METHODS) of each fit.
+        images: (n, S, S) uint8, the task's pictures in the order of its rows.
+        encoder, checkpoint: as `simclr.load_encoder` returns them.
+        settings: of the fine-tuning; from scratch all of SCRATCH_LRS are tried.
+
+    Yields:
+        None after each step of a fine-tuning (`count_steps`), and after each fit: method, fraction,
+        seed; groups and pictures with labels; trained parameters; seconds of
+        training (features that are computed once count with the share that is used); lr, the chosen
+        one; probs, (N, K) as lists, of the test part.
+    """
+    features: dict[tuple, tuple[Tensor, float]] = {}
+    for fraction, seed, method in plan:
+        cut = label_subset(task, fraction, seed)
+        of, labels = parts_of(cut), torch.from_numpy(cut.labels)
+        train, val = ((of[part], labels[of[part]]) for part in ("train", "val"))
+        began, lr = time.perf_counter(), None
+        if method in ("finetune", "scratch"):
+            scratch = method == "scratch"
+            start = untrained(checkpoint["arch"], seed) if scratch else copy.deepcopy(encoder)
+            how = replace(settings, seed=seed, lrs=SCRATCH_LRS if scratch else settings.lrs)
+            run = fine_tuning(start, len(task.classes), how, len(train[0]), device, bf16)
+            yield from (None for _ in finetune(run, images, train, val))
+            trained, lr, seconds = run.networks, run.best["peak_lr"], time.perf_counter() - began
+            h = features_of(start, checkpoint, images[of["test"]], device, bf16)
+            probs = probabilities(trained["head"].cpu(), h).numpy()
+        else:
+            key = (method == "untrained", seed * (method == "untrained"))
+            if key not in features:
+                start = untrained(checkpoint["arch"], seed) if key[0] else encoder
+                h = features_of(start, checkpoint, images, device, bf16)
+                features[key] = h, (time.perf_counter() - began) / len(h)
+            h, each = features[key]
+            began = time.perf_counter() - each * (len(train[0]) + len(val[0]) * (method != "knn"))
+            if method == "knn":
+                trained, known = nn.Identity(), (h[of["train"]].numpy(), cut.labels[of["train"]])
+                probs = evaluate.nearest_neighbours(
+                    *known, h[of["test"]].numpy(), len(task.classes)
+                )
+            else:
+                trained, _, found = fit_probe(h, cut, Probing(seed=seed), "cosine_mlp", iter)
+                probs = found["test"]
+            seconds = time.perf_counter() - began
+        cell = {"method": method, "fraction": fraction, "seed": seed, "lr": lr, "seconds": seconds}
+        cell |= {"groups": len(np.unique(cut.groups[of["train"]])), "pictures": len(of["train"])}
+        cell["parameters"] = sum(p.numel() for p in trained.parameters())
+        yield cell | {"probs": probs.tolist()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -685,25 +922,28 @@ def survey(study: Study, task: Task, meter: dict) -> str:
 def save_classifier(
     path: Path,
     checkpoint: dict,
-    head: CosineMLP,
+    head: nn.Module,
+    head_type: str,
     study: Study,
     task: Task,
-    config: dict,
+    **values: Any,
 ) -> None:
     """Write classifier.pt: the encoder, the head, and what both were trained on.
 
     Args:
-        checkpoint: the encoder's.
-        config: of the probe.
+        checkpoint: `simclr.encoder_checkpoint` of the encoder that the head belongs to.
+        head_type: one of HEADS.
+        values: what else it shall say: the config of its run, its temperature.
     """
     used = task.rows[np.isin(task.split, ("train", "val"))]
     seen = torch.cat([checkpoint["seen"], torch.from_numpy(study.pictures.hashes[used])])
-    described = {"task": task.name, "classes": list(task.classes), "config": config}
-    trained = {"head": head.state_dict(), "head_type": "cosine_mlp", "seen": seen.unique(dim=0)}
+    described = {"task": task.name, "classes": list(task.classes), **values}
+    weights = {name: value.cpu() for name, value in head.state_dict().items()}
+    trained = {"head": weights, "head_type": head_type, "seen": seen.unique(dim=0)}
     simclr.save(checkpoint | described | trained, path)
 
 
-def load_classifier(path: Path) -> tuple[simclr.ResNet, CosineMLP, dict]:
+def load_classifier(path: Path) -> tuple[simclr.ResNet, nn.Module, dict]:
     """Read classifier.pt: an encoder, the head that was trained on it, and the whole checkpoint.
 
     Raises:
@@ -712,17 +952,18 @@ def load_classifier(path: Path) -> tuple[simclr.ResNet, CosineMLP, dict]:
     if not path.is_file():
         raise data.UserError(f"no classifier at {path}; make one with: python main.py probe")
     encoder, checkpoint = simclr.load_encoder(path)
-    if checkpoint.get("head_type") != "cosine_mlp":
+    if checkpoint.get("head_type") not in HEADS:
         text = f"{path} holds no classifier (head_type {checkpoint.get('head_type')!r})"
         raise data.UserError(f"{text}; python main.py probe writes a classifier.pt")
-    head = CosineMLP(checkpoint["feature_dim"], len(checkpoint["classes"]))
+    head_type = HEADS[checkpoint["head_type"]]
+    head = head_type(checkpoint["feature_dim"], len(checkpoint["classes"]))
     head.load_state_dict(checkpoint["head"])
     return encoder, head.eval(), checkpoint
 
 
 def classify(
     encoder: simclr.ResNet,
-    head: CosineMLP,
+    head: nn.Module,
     checkpoint: dict,
     images: np.ndarray,
     classes: Sequence[str],

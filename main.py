@@ -1,4 +1,4 @@
-"""The commands: look at the data, pretrain an encoder, probe it, score the result elsewhere.
+"""The commands: look at the data, pretrain an encoder, train classifiers on it, compare, use them.
 
 This file only wires: it parses, seeds, chooses the device and the paths, and prints. What is
 computed stands in data.py (pictures, groups, splits, views), simclr.py (encoder, loss,
@@ -7,12 +7,17 @@ pretraining), evaluate.py (the numbers) and heads.py (the classifiers), to be re
     data:      pictures -- groups, splits --> splits.csv, and what a leak would score
     pretrain:  pictures of no val or test group -- two views --> simclr.pretrain --> encoder.pt
     probe:     encoder.pt, frozen -- features --> heads.train_probe --> classifier.pt, metrics.json
+    finetune:  encoder.pt, all of it trained, or random weights --> classifier.pt, metrics.json
+    compare:   all of these on the same few labels --> table.md
     evaluate:  classifier.pt, pictures it has not seen --> metrics.json
+    predict:   classifier.pt, files and folders --> class probabilities
+    embed:     encoder.pt, a folder --> features.npz
 
 Next: nothing; this is the last.
 """
 
 import argparse
+import math
 import os
 import platform
 import re
@@ -30,6 +35,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import data
@@ -38,9 +44,12 @@ import heads
 import simclr
 
 RUNS = Path("runs")
-PUBLISHED = {"image_size": 128} | asdict(simclr.Pretraining())
+PUBLISHED = {"image_size": 128, "arch": "resnet18"} | asdict(simclr.Pretraining())
+ASKED_LATER = ("image_size", "arch", "batch_size", "epochs")
 # On the phantoms a command takes minutes on a laptop; these settings, and no others, differ there.
 PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 32, "epochs": 12}
+KNN_EVERY = 5  # epochs of a pretraining between two looks at what the features know
+COLLAPSED = 0.1  # of a healthy standard deviation
 # Which process this is and of how many, as torchrun says; only the first one writes and prints.
 RANK, PROCESSES = (int(os.environ.get(name, k)) for k, name in enumerate(("RANK", "WORLD_SIZE")))
 progress_bar = partial(tqdm, disable=RANK > 0)
@@ -123,22 +132,35 @@ def load_data(args: argparse.Namespace, image_size: int) -> heads.Study:
     where = args.data or "phantoms, drawn by code (--data takes your own scans)"
     counts = f"{len(bad):,} unreadable, {study.other_files:,} other files"
     print(f"{where}: {len(paths):,} pictures in {study.groups.max() + 1:,} groups, {counts}")
-    for row, why in bad.items():
-        print(f"  left out, unreadable: {paths[row]!r} ({why})")
-    least, share = data.MAX_UNREADABLE
-    if len(bad) > max(least, share * len(paths)) and args.command != "data":
-        raise data.UserError(
-            f"{len(bad)} of {len(paths)} pictures below {where} cannot be read, the first is "
-            f"{paths[min(bad)]!r} ({bad[min(bad)]}); replace or remove them"
-        )
+    name_unreadable(study.pictures, refuse=args.command != "data")
     for name, task in study.tasks.items():
         counts = ", ".join(f"{(task.split == part).sum():,} {part}" for part in evaluate.PARTS)
-        if args.command in ("pretrain", "probe"):
+        if args.command == "pretrain" or name == args.task:
             print(f"  task {name} ({', '.join(task.classes)}): {counts}")
         if task.notes["largest_group_is_suspect"]:
             size = f"{task.notes['largest_group']} of the {len(task.rows):,} pictures of {name}"
             print(f"  warning: one group holds {size}: a patient, or strangers chained by twins")
     return study
+
+
+def name_unreadable(pictures: data.Pictures, refuse: bool) -> None:
+    """Name what could not be read.
+
+    Args:
+        refuse: where it is too much, stop.
+
+    Raises:
+        UserError: it is too much.
+    """
+    paths, bad = pictures.paths, pictures.unreadable
+    for row, why in bad.items():
+        print(f"  left out, unreadable: {paths[row]!r} ({why})")
+    least, share = data.MAX_UNREADABLE
+    if refuse and (len(bad) > max(least, share * len(paths)) or len(bad) == len(paths)):
+        raise data.UserError(
+            f"{len(bad)} of {len(paths)} pictures cannot be read, the first is "
+            f"{paths[min(bad)]!r} ({bad[min(bad)]}); replace or remove them"
+        )
 
 
 def data_flags(args: argparse.Namespace) -> list[str]:
@@ -152,7 +174,7 @@ def run_config(
     args: argparse.Namespace,
     study: heads.Study,
     machine: Machine,
-    settings: simclr.Pretraining | heads.Probing | None,
+    settings: simclr.Pretraining | heads.Probing | heads.FineTuning | None,
     **values: object,
 ) -> dict:
     """config.json: every value that shaped the run, in plain types; checkpoints hold it too.
@@ -245,56 +267,38 @@ def note_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def pretrain(args: argparse.Namespace) -> None:
-    """Learn an encoder from pictures without labels, or go on learning; leaves encoder.pt."""
-    out, machine = run_folder(args, "pretrain"), choose_machine(args)
-    with simclr.many_processes(PROCESSES, machine.device), ExitStack() as held:
-        study = load_data(args, args.image_size)
-        rows = heads.pretraining_rows(study)
-        settings = pretraining_settings(args, study, len(rows))
-        values = {"arch": args.arch, "image_size": args.image_size, "leaked": False}
-        config = run_config(args, study, machine, settings, **values, pictures=len(rows))
-        simclr.check_equal(config["fingerprint"])
-        torch.manual_seed(args.seed)  # the networks' first weights
-        run = simclr.Run(args.arch, settings, machine.device, machine.bf16)
-        state = simclr.on_every_rank(partial(simclr.open_run, held, out, config, args.restart))
-        if state:
-            run.restore(state)
-        if state and run.finished and simclr.on_every_rank((out / "encoder.pt").exists):
-            print(f"{out} holds this run, and it is finished; --restart would begin it anew")
-        else:
-            size = f"{len(rows):,} pictures at {args.image_size} px"
-            print(f"pretrain {args.arch} on {size}, on {machine.text}")
-            train(run, study.pictures, rows, out, config)
-        finish_pretraining(args, out, run.records, study)
-
-
 def train(
-    run: simclr.Run, pictures: data.Pictures, rows: np.ndarray, out: Path, config: dict
+    run: simclr.Run,
+    steps: Iterator[dict | None],
+    out: Path,
+    config: dict,
+    save: Callable[[], float],
+    look: Callable[[dict], None] = lambda record: None,
 ) -> None:
     """Train a run to its end; show, log and save it on the way.
 
     Args:
-        rows: which of the pictures to train on.
+        steps: of `simclr.pretrain` or `heads.finetune`.
+        save: writes a checkpoint; returns when to do so again, on time.monotonic's clock.
+        look: is shown each epoch's record, and may add to it.
 
     Raises:
         SystemExit: a signal came; the run is saved, the status is 128 + the signal's number.
     """
-    steps = len(rows) // run.settings.batch_size
-    done, total = len(run.records) * steps + run.step, run.settings.epochs * steps
-    print(f"  {run.settings.epochs} epochs of {steps} steps of {run.settings.batch_size} slices")
+    done, total = len(run.records) * run.steps + run.step, run.epochs * run.steps
     if done:
         print(f"  goes on after step {run.step} of epoch {len(run.records) + 1}")
     write(out, {"config.json": config, "log.jsonl": run.records})
-    save = partial(simclr.save_run, run, out, config, torch.from_numpy(pictures.hashes[rows]))
     due = time.monotonic() + simclr.CHECKPOINT_SECONDS
-    bar = progress_bar(total=total, initial=done, unit="step", desc="pretrain")
+    bar = progress_bar(total=total, initial=done, unit="step", desc=config["command"])
     with note_signals() as noted, bar:
         simclr.on_any_rank(0)  # waits until every rank listens to signals
-        for record in simclr.pretrain(run, pictures.cached["square"], pictures.place[rows]):
+        for record in steps:
             show_step(bar, run)
             if record:
+                look(record)
                 write(out, {"log.jsonl": run.records})
+                run.since = time.perf_counter()  # looking is not training
             number = simclr.on_any_rank(noted[0] if noted else 0)
             if not run.finished and (number or time.monotonic() > due):  # the end saves anyway
                 due = save()
@@ -306,10 +310,73 @@ def train(
         save()
 
 
+def pretrain(args: argparse.Namespace) -> None:
+    """Learn an encoder from pictures without labels, or go on learning; leaves encoder.pt."""
+    out, machine = run_folder(args, "pretrain"), choose_machine(args)
+    with simclr.many_processes(PROCESSES, machine.device), ExitStack() as held:
+        study = load_data(args, args.image_size)
+        rows, pictures = heads.pretraining_rows(study), study.pictures
+        torch.manual_seed(args.seed)  # the networks' first weights
+        encoder, *scaling = simclr.init_encoder(args.arch, args.init)
+        settings = pretraining_settings(args, study, len(rows), scaling)
+        values = {"arch": args.arch, "init": args.init, "image_size": args.image_size}
+        config = run_config(args, study, machine, settings, leaked=False, **values)
+        config["pictures"] = len(rows)
+        simclr.check_equal(config["fingerprint"])
+        run = simclr.pretraining(encoder, settings, len(rows), *machine[:2])
+        state = simclr.on_every_rank(partial(simclr.open_run, held, out, config, args.restart))
+        if state:
+            run.restore(state)
+        if state and run.finished and simclr.on_every_rank((out / "encoder.pt").exists):
+            print(f"{out} holds this run, and it is finished; --restart would begin it anew")
+        else:
+            size = f"{len(rows):,} pictures at {args.image_size} px"
+            print(f"pretrain {args.arch} on {size}, on {machine.text}")
+            print(f"  {run.epochs} epochs of {run.steps} steps of {settings.batch_size} slices")
+            seen = torch.from_numpy(pictures.hashes[rows])
+            save = partial(simclr.save_run, run, out, config, seen)
+            steps = simclr.pretrain(run, pictures.cached["square"], pictures.place[rows])
+            train(run, steps, out, config, save, partial(look_at_epoch, args, run, study))
+        finish_pretraining(args, out, run.records, study)
+
+
+def look_at_epoch(
+    args: argparse.Namespace, run: simclr.Run, study: heads.Study, record: dict
+) -> None:
+    """Say what the loss does not: whether projections collapse and, with labels, what h knows."""
+    spread, loss = record["embedding_std"], record["loss"]
+    if spread < COLLAPSED * simclr.PROJECTION**-0.5 and not RANK:
+        nothing = math.log(2 * run.settings.batch_size - 1)
+        tqdm.write(
+            f"warning: the projections have collapsed: standard deviation {spread:.2g} where "
+            f"{simclr.PROJECTION**-0.5:.2g} is healthy; loss {loss:.3f}, and log(2N - 1), of "
+            f"nothing learnt, is {nothing:.3f}. Where it stays so, lower --lr"
+        )
+    task, epoch = study.tasks.get(following_task(args, study)), record["epoch"]
+    if task and not RANK and (epoch % KNN_EVERY == 0 or run.finished):
+        how = vars(run.settings), study.pictures, task, run.device, run.bf16
+        accuracy = heads.knn_accuracy(run.networks["encoder"], *how)
+        if accuracy is not None:
+            record["knn_accuracy"] = accuracy
+            tqdm.write(
+                f"epoch {epoch}: loss {loss:.3f}, kNN accuracy {accuracy:.3f} on the val "
+                f"part of {task.name}"
+            )
+
+
+def following_task(args: argparse.Namespace, study: heads.Study) -> str | None:
+    """The task to look at first; None where there is none."""
+    return "tumor" if args.data is None else min(study.tasks, default=None)
+
+
 def pretraining_settings(
-    args: argparse.Namespace, study: heads.Study, n: int
+    args: argparse.Namespace, study: heads.Study, n: int, scaling: list[float]
 ) -> simclr.Pretraining:
-    """The settings for n pictures; says what is held out, and when the batch has to shrink."""
+    """The settings for n pictures; says what is held out, and when the batch has to shrink.
+
+    Args:
+        scaling: mean and std of the pixels.
+    """
     print(*heads.usage(study), sep="\n")
     batch_size = min(args.batch_size, n // PROCESSES * PROCESSES)
     if batch_size < 2:
@@ -323,7 +390,8 @@ def pretraining_settings(
     if args.batch_size > batch_size:
         print(f"  the batch shrinks from {args.batch_size} to {batch_size}: {n} pictures are there")
     given = {f.name: getattr(args, f.name) for f in fields(simclr.Pretraining) if f.name in args}
-    return simclr.Pretraining(**given | {"batch_size": batch_size})
+    given |= {"batch_size": batch_size, "mean": scaling[0], "std": scaling[1]}
+    return simclr.Pretraining(**given)
 
 
 def show_step(bar: tqdm, run: simclr.Run) -> None:
@@ -331,7 +399,7 @@ def show_step(bar: tqdm, run: simclr.Run) -> None:
     if bar.update() and run.step:  # True = redrawn. Reading sums makes the device wait: only then.
         loss, accuracy, _ = (run.sums / run.step).tolist()
         speed = (bar.format_dict["rate"] or 0) * run.settings.batch_size  # in slices, not in views
-        text = f"loss {loss:.3f}, contrastive accuracy {accuracy:.2f}, {speed:.0f} images/s"
+        text = f"loss {loss:.3f}, accuracy {accuracy:.2f}, {speed:.0f} images/s"
         bar.set_postfix_str(text)
 
 
@@ -347,7 +415,7 @@ def finish_pretraining(
         text = "epoch {epoch}: loss {loss:.3f}, contrastive accuracy {contrastive_accuracy:.2f}, "
         text += "{images_per_second:.0f} images/s; {minutes:.1f} minutes of training"
         print(text.format(**records[-1], minutes=sum(r["seconds"] for r in records) / 60))
-    task = "tumor" if args.data is None else min(study.tasks, default=None)
+    task = following_task(args, study)
     encoder = ["--encoder", str(out / "encoder.pt")] if args.out else []
     following = ["probe", *data_flags(args), "--task", task, *encoder] if task else []
     files = {"log.jsonl": records, "curve.png": evaluate.pretraining_picture(records)}
@@ -355,40 +423,185 @@ def finish_pretraining(
 
 
 # ---------------------------------------------------------------------------------------------
-# probe
+# probe, finetune, compare
 # ---------------------------------------------------------------------------------------------
+
+
+class Trial(NamedTuple):
+    """What classifiers are trained from, and on."""
+
+    out: Path
+    machine: Machine
+    encoder: simclr.ResNet
+    checkpoint: dict  # the encoder's
+    study: heads.Study
+    task: heads.Task
+    leaked: list[str]  # test pictures that the encoder has seen
+    values: dict  # for config.json
+
+
+def prepare(args: argparse.Namespace, name: str, init: str | None = None) -> Trial:
+    """Read the encoder and the data; refuse to test on what was trained on.
+
+    Args:
+        name: of the run's folder, before the task's.
+        init: as `simclr.init_encoder` takes it; None = begin with --encoder.
+    """
+    out, machine = run_folder(args, f"{name}-{args.task}"), choose_machine(args)
+    if init is None:
+        path = args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
+        encoder, checkpoint = simclr.load_encoder(path)
+        origin = f"{path} of epoch {checkpoint['epoch']}"
+        values = {"encoder": str(path.resolve()), "pretraining": checkpoint["config"]}
+    else:
+        torch.manual_seed(args.seed)
+        encoder, mean, std = simclr.init_encoder(args.arch, init)
+        origin, values = f"{init} weights", {"init": init}
+        config = {"arch": args.arch, "image_size": args.image_size, "mean": mean, "std": std}
+        seen = torch.zeros(0, 16, dtype=torch.uint8)
+        checkpoint = simclr.encoder_checkpoint(encoder, config, 0, seen)
+    study = load_data(args, checkpoint["image_size"])
+    task = study.task(args.task)
+    heads.check_split(task)
+    leaked = heads.refuse_leak(study, task, checkpoint["seen"].numpy(), args.allow_leak)
+    values |= {"task": task.name, "leaked": bool(leaked), "pretraining_epoch": checkpoint["epoch"]}
+    values |= {key: checkpoint[key] for key in ("arch", "image_size")}
+    print(f"{args.command} {task.name} with {origin}, on {machine.text}")
+    return Trial(out, machine, encoder, checkpoint, study, task, leaked, values)
 
 
 def probe(args: argparse.Namespace) -> None:
     """Train the cosine MLP on the frozen encoder, and on the baselines; leaves classifier.pt."""
-    out, machine = run_folder(args, f"probe-{args.task}"), choose_machine(args)
-    path = args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
-    encoder, checkpoint = simclr.load_encoder(path)
-    study = load_data(args, checkpoint["image_size"])
-    task, pictures = study.task(args.task), study.pictures
-    heads.check_split(task)
-    leaked = heads.refuse_leak(study, task, checkpoint["seen"].numpy(), args.allow_leak)
+    trial = prepare(args, "probe")
     settings = heads.Probing(epochs=args.epochs, seed=args.seed)
-    values = {"task": task.name, "encoder": str(path.resolve()), "leaked": bool(leaked)}
-    values |= {"pretraining": checkpoint["config"], "pretraining_epoch": checkpoint["epoch"]}
-    config = run_config(args, study, machine, settings, **values)
-    caption = evaluate.leak_caption(leaked)
-    print(f"probe {task.name} with {path} of epoch {checkpoint['epoch']}, on {machine.text}")
-    features = heads.representations(encoder, checkpoint, pictures, task, args.seed, *machine[:2])
+    config = run_config(args, trial.study, trial.machine, settings, **trial.values)
+    images = trial.study.pictures.squares(trial.task.rows)
+    h = heads.features_of(trial.encoder, trial.checkpoint, images, *trial.machine[:2])
     progress = partial(progress_bar, total=args.epochs, unit="epoch", leave=False)
-    fits = heads.fit_probes(features, task, settings, progress)
+    head, records, probs = heads.fit_probe(h, trial.task, settings, "cosine_mlp", progress)
+    result = {"pretrained encoder": probs["test"]}
+    finish_classifier(args, trial, config, head, "cosine_mlp", records, probs["val"], result)
+
+
+def finetune(args: argparse.Namespace) -> None:
+    """Train encoder and a fully connected head end to end; --from-scratch is the baseline."""
+    ways = {"--encoder": args.encoder, "--init": args.init, "--from-scratch": args.from_scratch}
+    if len(given := [name for name, value in ways.items() if value]) > 1:
+        raise data.UserError(f"{' and '.join(given)} say where to begin; give one of them")
+    trial = prepare(
+        args, *(("scratch", "random") if args.from_scratch else ("finetune", args.init))
+    )
+    out, machine, encoder, checkpoint, study, task, *_ = trial
+    lrs = (
+        (args.lr,) if args.lr else heads.SCRATCH_LRS if args.from_scratch else heads.FineTuning.lrs
+    )
+    scaling = {key: checkpoint[key] for key in ("mean", "std")}
+    settings = heads.FineTuning(args.epochs, lrs=lrs, seed=args.seed, **scaling)
+    config = run_config(args, study, machine, settings, **trial.values)
+    of, pictures, labels = heads.parts_of(task), study.pictures, torch.from_numpy(task.labels)
+    places = pictures.place[task.rows]
+    parts = [(places[of[part]], labels[of[part]]) for part in ("train", "val")]
+    n, K = len(parts[0][0]), len(task.classes)
+    run = heads.fine_tuning(encoder, K, settings, n, *machine[:2])
+    with ExitStack() as held:
+        state = simclr.open_run(held, out, config, args.restart)
+        if state:
+            run.restore(state)
+        print(f"  {run.epochs} epochs of {run.steps} steps on {n:,} pictures, learning rates {lrs}")
+        steps = heads.finetune(run, pictures.cached["square"], *parts)
+        train(run, steps, out, config, partial(simclr.save_run, run, out, config))
+        head, images = run.networks["head"].cpu(), pictures.squares(task.rows)
+        h = {p: heads.features_of(encoder, checkpoint, images[of[p]], *machine[:2]) for p in of}
+        probs = {p: heads.probabilities(head, h[p]).numpy() for p in ("val", "test")}
+        name = "from scratch" if args.from_scratch else "fine-tuned network"
+        seen = checkpoint["seen"]
+        checkpoint |= simclr.encoder_checkpoint(encoder, checkpoint, checkpoint["epoch"], seen)
+        result = {name: probs["test"]}
+        finish_classifier(args, trial, config, head, "linear", run.records, probs["val"], result)
+
+
+def finish_classifier(
+    args: argparse.Namespace,
+    trial: Trial,
+    config: dict,
+    head: nn.Module,
+    head_type: str,
+    records: list[dict],
+    val_probs: np.ndarray,
+    result: dict[str, np.ndarray],
+) -> None:
+    """Set a result beside its baselines; write classifier.pt and what belongs to it.
+
+    Args:
+        records: of the training's epochs.
+        val_probs: of the val part, to which the temperature is fitted.
+        result: by name, the probabilities of the test part.
+    """
+    out, machine, _, checkpoint, study, task, leaked, _ = trial
+    progress = partial(progress_bar, total=heads.Probing.epochs, unit="epoch", leave=False)
+    how = heads.Probing(seed=args.seed), head_type, progress, *machine[:2]
+    result |= heads.baselines(checkpoint, study.pictures, task, *how)
     test = heads.test_part(study, task)
-    results = {name: test.measure(probs) for name, (_, _, probs) in fits.items()}
-    head, records, probs = fits["pretrained encoder"]
-    heads.save_classifier(out / "classifier.pt", checkpoint, head, study, task, config)
-    splits = heads.split_table(study, task)
-    files = {"config.json": config, "log.jsonl": records, "splits.csv": splits}
-    files |= {"curve.png": evaluate.training_picture(records, f"Probe of {task.name}", caption)}
-    files |= evaluate.result_files(test, probs, results, task.notes, caption)
+    results = {name: test.measure(probs) for name, probs in result.items()}
+    temperature = evaluate.fit_temperature(task.part("val")[1], val_probs)
+    values = {"config": config, "temperature": temperature}
+    heads.save_classifier(out / "classifier.pt", checkpoint, head, head_type, study, task, **values)
+    caption = evaluate.leak_caption(leaked)
+    files = {"config.json": config, "log.jsonl": records}
+    files |= {"splits.csv": heads.split_table(study, task)}
+    title = f"{args.command} of {task.name}"
+    files |= {"curve.png": evaluate.training_picture(records, title, caption)}
+    probs = next(iter(result.values()))
+    files |= evaluate.result_files(test, probs, results, task.notes, temperature, caption)
     later = [name for name in sorted(study.tasks) if name > task.name]
     flags = data_flags(args) + (["--encoder", str(args.encoder)] if args.encoder else [])
     following = ["evaluate", *data_flags(args), "--model", str(out / "classifier.pt")]
-    conclude(out, files, ["probe", *flags, "--task", later[0]] if later else following)
+    again = args.command == "probe" and later
+    conclude(out, files, ["probe", *flags, "--task", later[0]] if again else following)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Compare pretraining with training from scratch on the same few labels; leaves table.md."""
+    trial = prepare(args, "compare")
+    out, machine, encoder, checkpoint, study, task, leaked, values = trial
+    scaling = {key: checkpoint[key] for key in ("mean", "std")}
+    settings = heads.FineTuning(args.epochs, **scaling)
+    config = run_config(args, study, machine, settings, **values)
+    fractions, methods = sorted(set(args.label_fractions)), evaluate.METHODS
+    plan = [(f, s, m) for s in range(args.seeds) for f in fractions for m in methods]
+    with ExitStack() as held:
+        state = simclr.open_run(held, out, config, args.restart) or {"cells": []}
+        cells = {(c["fraction"], c["seed"], c["method"]): c for c in state["cells"]}
+        todo = [fit for fit in plan if fit not in cells]
+        print(f"  {len(plan)} fits, {len(plan) - len(todo)} of them done before")
+        write(out, {"config.json": config})
+        images = study.pictures.squares(task.rows)
+        fits = heads.compare(todo, task, images, encoder, checkpoint, settings, *machine[:2])
+        total = sum(heads.count_steps(task, settings, *fit) for fit in todo)
+        with progress_bar(total=total, unit="step", desc="compare") as bar:
+            for cell in fits:
+                if cell is None:
+                    bar.update()
+                else:
+                    cells[cell["fraction"], cell["seed"], cell["method"]] = cell
+                    simclr.save(
+                        {"config": config, "cells": [*cells.values()]}, out / "checkpoint.pt"
+                    )
+                    bar.set_postfix_str(f"{len(cells)} of {len(plan)} fits")
+    counts = {part: (task.split == part).sum() for part in evaluate.PARTS}
+    about = (
+        f"{task.name}: {counts['test']:,} test pictures of {len(set(task.part('test')[2])):,} "
+        f"groups; the {counts['val']:,} val pictures choose epoch and learning rate for every "
+        f"method. {args.seeds} seeds, mean ± sd; 95 % intervals of that mean from resampling test "
+        f"groups. Fine-tuning: {args.epochs} epochs; from scratch that for each of "
+        f"{', '.join(f'{lr:g}' for lr in heads.SCRATCH_LRS)}. On {machine.text}."
+        + f" {evaluate.leak_caption(leaked)}"
+        * bool(leaked)
+    )
+    test = heads.test_part(study, task)
+    files = evaluate.compare_files([cells[fit] for fit in plan], test, about)
+    print(files["table.md"])
+    conclude(out, files)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -417,8 +630,62 @@ def score(args: argparse.Namespace) -> None:
     values["training"] = checkpoint["config"]
     files = {"config.json": run_config(args, study, machine, None, **values)}
     files["splits.csv"] = heads.split_table(study, task)
-    files |= evaluate.result_files(test, probs, results, task.notes, caption)
+    temperature = checkpoint["temperature"]
+    files |= evaluate.result_files(test, probs, results, task.notes, temperature, caption)
     conclude(out, files)
+
+
+# ---------------------------------------------------------------------------------------------
+# predict, embed
+# ---------------------------------------------------------------------------------------------
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Say what a classifier makes of files and folders; leaves predictions.csv."""
+    encoder, head, checkpoint = heads.load_classifier(args.model)
+    args.out = args.out or RUNS / f"predict-{checkpoint['task']}"
+    out, machine, size = run_folder(args, ""), choose_machine(args), checkpoint["image_size"]
+    progress = partial(progress_bar, leave=False)
+    pictures = data.load_files(args.paths, size, RUNS / "cache", progress)
+    name_unreadable(pictures, refuse=True)
+    rows = [row for row in range(len(pictures.paths)) if row not in pictures.unreadable]
+    images, classes = pictures.squares(np.array(rows)), checkpoint["classes"]
+    probs = heads.classify(encoder, head, checkpoint, images, classes, *machine[:2])
+    table = evaluate.prediction_table([pictures.paths[row] for row in rows], probs, classes)
+    wide = max(len(path) for path, *_ in table)
+    for path, called, *shares in table:
+        shown = [share if share.startswith("p_") else f"{float(share):.4f}" for share in shares]
+        print(
+            f"{path:{wide}}  {called:>12}"
+            + "".join(f"{share:>{8 + len(share) // 8 * 4}}" for share in shown)
+        )
+    config = {"command": "predict", "model": str(args.model.resolve()), "device": machine.text}
+    conclude(out, {"predictions.csv": table, "config.json": config})
+
+
+def embed(args: argparse.Namespace) -> None:
+    """Write the features of every picture of a folder, and draw their map."""
+    place = args.out or base_folder(args) / "features.npz"
+    args.out = place.parent
+    out, machine = run_folder(args, ""), choose_machine(args)
+    if place.suffix != ".npz":
+        raise data.UserError(f"--out {place} is the file of the features; its name ends in .npz")
+    encoder, checkpoint = simclr.load_encoder(
+        args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
+    )
+    study = load_data(args, checkpoint["image_size"])
+    pictures = study.pictures
+    rows = np.setdiff1d(np.arange(len(pictures.paths)), list(pictures.unreadable))
+    h = heads.features_of(encoder, checkpoint, pictures.squares(rows), *machine[:2]).numpy()
+    called = {
+        r: task.classes[k]
+        for task in study.tasks.values()
+        for r, k in zip(task.rows, task.labels, strict=True)
+    }
+    labels = [called.get(row, "") for row in rows]
+    features = {"features": h, "paths": [pictures.paths[row] for row in rows], "labels": labels}
+    picture = evaluate.map_picture(h, labels)
+    conclude(out, {place.name: features, f"{place.stem}.png": picture})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -456,6 +723,13 @@ def number(kind: type, low: float) -> Callable[[str], float]:
     return read
 
 
+def fraction(text: str) -> float:
+    """An argparse type: a share above 0, up to 1."""
+    if not 0 < float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
 def pattern(text: str) -> re.Pattern:
     """An argparse type: a regular expression with a capture group."""
     try:
@@ -471,7 +745,11 @@ COMMANDS = {  # what runs, and what it holds out
     "data": (survey, "nothing, it trains nothing; its table shows val, test and dropped."),
     "pretrain": (pretrain, "the val and test groups of every task below --data."),
     "probe": (probe, "the test part, opened once; the val part chooses the epoch."),
+    "finetune": (finetune, "the test part, opened once; the val part chooses the epoch."),
+    "compare": (compare, "the test part, opened once for each fit; the val part chooses epochs."),
     "evaluate": (score, "all groups that the classifier was trained on; the rest is scored."),
+    "predict": (predict, "nothing: it scores nothing."),
+    "embed": (embed, "nothing: it trains and scores nothing."),
 }
 
 
@@ -487,13 +765,13 @@ def build_parser() -> Parser:
         summary = run.__doc__.splitlines()[0]
         sub = subparsers.add_parser(name, help=summary, formatter_class=HelpFormatter)
         sub.description = f"{summary} Held out: {held_out}"
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, data=None, group_pattern=None, resplit=False, task=None)
         for title in ("data and output", "model", "optimisation", "machine"):
             groups[name, title] = sub.add_argument_group(title)
 
     def flag(title: str, commands: str, *name: str, **options: object) -> None:
-        """Give a flag to some commands, or to all where `commands` is ''."""
-        for command in commands.split() or COMMANDS:
+        """Give a flag to some commands."""
+        for command in commands.split():
             groups[command, title].add_argument(*name, **options)
 
     declare_data_flags(flag)
@@ -508,28 +786,39 @@ def text_of(name: str, text: str) -> str:
 
 def declare_data_flags(flag: Callable) -> None:
     """The flags that say what is read and written, each declared once for all its commands."""
-    part = partial(flag, "data and output")
+    part, trials = partial(flag, "data and output"), "probe finetune compare"
+    part("predict", "paths", type=Path, nargs="+", help="pictures, volumes, shards, and folders")
+    reading = f"data pretrain {trials} evaluate embed"
     text = "folder of scans: <task>/<class>/ or <task>/Training/<class>/ below it; else phantoms"
-    part("", "--data", type=Path, help=text)
-    part("", "--out", type=Path, help="folder of this run; one below runs/ where not given")
+    part(reading, "--data", type=Path, help=text)
+    text = "folder of this run (of embed: the file); one below runs/ where not given"
+    part(f"{reading} predict", "--out", type=Path, help=text)
     text = "searched in each path below --data; its first (group) is the patient"
-    part("", "--group-pattern", type=pattern, metavar="REGEX", help=text)
+    part(reading, "--group-pattern", type=pattern, metavar="REGEX", help=text)
     text = "pool the publisher's own training and test parts, and split them anew by group"
-    part("", "--resplit", action="store_true", help=text)
-    part("probe", "--task", required=True, help="one of those that `data` lists, such as tumor")
+    part(reading, "--resplit", action="store_true", help=text)
+    part(trials, "--task", required=True, help="one of those that `data` lists, such as tumor")
     part("data", "--task", help="only this one; all that are there where not given")
     part("evaluate", "--task", help="the classifier's own where not given")
 
     part = partial(flag, "model")
     text = "an encoder.pt; that of `pretrain` on the same kind of data where not given"
-    part("probe", "--encoder", type=Path, help=text)
-    part("evaluate", "--model", type=Path, required=True, help="a classifier.pt")
+    part(f"{trials} embed", "--encoder", type=Path, help=text)
+    part("evaluate predict", "--model", type=Path, required=True, help="a classifier.pt")
+    text = (
+        "first weights: random, imagenet (torchvision's, fetched once), or a file of torchvision's"
+    )
+    part("pretrain", "--init", default="random", help=text)
+    part("finetune", "--init", help="imagenet, or a file of torchvision's weights; not --encoder")
+    text = "begin with random weights: the supervised baseline, its learning rate chosen by val"
+    part("finetune", "--from-scratch", action="store_true", help=text)
     text = "encoder; resnet50 has twice the parameters and four times the features"
-    part("pretrain", "--arch", choices=tuple(simclr.ARCHITECTURES), default="resnet18", help=text)
-    text = text_of("image_size", "side of the square pictures, in pixels")
-    part("data pretrain", "--image-size", type=number(int, 32), help=text)
+    text += f" (default: {PUBLISHED['arch']})"
+    part("pretrain finetune", "--arch", choices=tuple(simclr.ARCHITECTURES), help=text)
+    text = text_of("image_size", "side of the square pictures, in pixels; an --encoder has its own")
+    part("data pretrain finetune", "--image-size", type=number(int, 32), help=text)
     text = "go on although test pictures were trained on; every output then says so"
-    part("probe evaluate", "--allow-leak", action="store_true", help=text)
+    part(f"{trials} evaluate", "--allow-leak", action="store_true", help=text)
 
 
 def declare_training_flags(flag: Callable) -> None:
@@ -543,6 +832,17 @@ def declare_training_flags(flag: Callable) -> None:
     part("pretrain", "--epochs", type=number(int, 0), help=text)
     epochs = heads.Probing.epochs
     part("probe", "--epochs", type=number(int, 0), default=epochs, help="passes over the features")
+    text = f"passes over the pictures (default: {heads.FineTuning.epochs}; "
+    text += f"{PHANTOM_DEFAULTS['epochs']} on phantoms)"
+    part("finetune compare", "--epochs", type=number(int, 1), help=text)
+    text = f"highest learning rate (default: {heads.FineTuning.lrs[0]:g}; from scratch the best "
+    text += f"on val of {', '.join(f'{lr:g}' for lr in heads.SCRATCH_LRS)})"
+    part("finetune", "--lr", type=number(float, 1e-12), help=text)
+    text = "shares of the training groups whose labels are used"
+    share = {"type": fraction, "nargs": "+", "default": [0.01, 0.1, 1.0], "metavar": "SHARE"}
+    part("compare", "--label-fractions", **share, help=text)
+    text = "how often each is fitted, each time on other groups and from other weights"
+    part("compare", "--seeds", type=number(int, 1), default=3, help=text)
     text = "learning rate at the start; halve it if the loss turns NaN"
     part("pretrain", "--lr", type=number(float, 1e-12), default=PUBLISHED["lr"], help=text)
     text = "softmax scale of NT-Xent in cosine units; lower stresses the hardest negatives"
@@ -554,11 +854,11 @@ def declare_training_flags(flag: Callable) -> None:
         help=text,
     )
     text = "begin anew, and replace what --out holds, where the same command would go on"
-    part("pretrain", "--restart", action="store_true", help=text)
+    part("pretrain finetune compare", "--restart", action="store_true", help=text)
     text = "moves first weights, order, views and dropout, never the split"
-    part("pretrain probe", "--seed", type=number(int, 0), default=0, help=text)
+    part("pretrain probe finetune", "--seed", type=number(int, 0), default=0, help=text)
 
-    part = partial(flag, "machine", "pretrain probe evaluate")
+    part = partial(flag, "machine", "pretrain probe finetune compare evaluate predict embed")
     text = "auto takes CUDA, then Apple's MPS, then the CPU"
     part("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
     text = "auto takes bf16 where the machine computes it natively; the loss stays float32"
@@ -573,9 +873,15 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         if PROCESSES > 1 and args.command != "pretrain":
             raise data.UserError(f"{args.command} runs in one process: start it without torchrun")
-        for name, value in PHANTOM_DEFAULTS.items():
-            if getattr(args, name, 0) is None:
-                setattr(args, name, PUBLISHED[name] if args.data else value)
+        if args.command == "finetune" and not (args.from_scratch or args.init):
+            if args.image_size or args.arch:
+                raise data.UserError("--arch and --image-size are those of the encoder; leave them")
+        published = (
+            PUBLISHED if args.command == "pretrain" else PUBLISHED | vars(heads.FineTuning())
+        )
+        for name, value in (published if args.data else published | PHANTOM_DEFAULTS).items():
+            if name in ASKED_LATER and getattr(args, name, 0) is None:
+                setattr(args, name, value)
         args.run(args)
     except data.UserError as error:
         if not RANK:

@@ -31,11 +31,12 @@ Next: evaluate.py
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,18 @@ from torch import Tensor, nn
 
 import data
 
-RUN_FILES = ("checkpoint.pt", "encoder.pt", "log.jsonl", "curve.png", "config.json")
+RUN_FILES = (
+    "checkpoint.pt",
+    "encoder.pt",
+    "classifier.pt",
+    "log.jsonl",
+    "curve.png",
+    "config.json",
+)
+PROJECTION = 128  # D
+IMAGENET_SCALING = (0.449, 0.226)  # mean and std of ImageNet's pixels, over its three channels
+STATISTICS = ("loss", "contrastive_accuracy", "embedding_std")  # that pretraining adds up
+RUN_STATE = ("step", "sums", "seconds", "records", "best")  # what a Run counts
 CHECKPOINT_SECONDS = 60  # at most one checkpoint a minute,
 CHECKPOINT_SHARE = 0.01  # and at most this share of the time is spent on writing them
 DEVICE_SHARE = 0.25  # of a GPU's free memory, for the pictures; where they need more, they stream
@@ -170,7 +182,7 @@ class ProjectionHead(nn.Sequential):
     Maps h (N, E) to z (N, D), any scale: `nt_xent` looks at directions only.
     """
 
-    def __init__(self, in_features: int, hidden_dim: int = 128) -> None:
+    def __init__(self, in_features: int, hidden_dim: int = PROJECTION) -> None:
         super().__init__(
             nn.Linear(in_features, 4 * hidden_dim),
             nn.ReLU(),
@@ -245,24 +257,22 @@ def contrastive_statistics(z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------
 
 
-def adamw(*modules: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def adamw(network: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101), with weight decay on matrices and filters alone.
 
     Biases and norms are spared: pulling a norm's scale to 0 regularises nothing, because the next
     layer's weights make up for it, and only slows learning.
 
     Args:
-        modules: what is trained; parameters that need no gradient are left out.
-        lr: the first step's learning rate.
+        network: what is trained; its learning rate is set before each step (`set_lr`).
         weight_decay: share of a weight taken off at each step, per unit of learning rate.
     """
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    parameters = list(network.parameters())
     return torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ],
-        lr=lr,
         fused=True,  # one pass over the weights, not ten
     )
 
@@ -433,29 +443,38 @@ class Pretraining:
 
 
 class Run:
-    """A pretraining under way: what it has learnt and how far it is.
+    """A training under way, of any networks: what they have learnt and how far it is.
 
     The next step depends on nothing else but the settings: its random numbers come from (seed,
     epoch, step). So a run that is restored from its `state` goes on as if it had never stopped.
 
     Args:
-        arch: one of ARCHITECTURES; the networks' first weights come from torch's own generator.
+        networks: by name, what is trained; the encoder comes first.
+        settings: `Pretraining`, or `heads.FineTuning`.
+        epochs, steps: how many epochs there are, and steps in each.
         device: of the networks.
         bf16: run the networks under bf16 autocast; the loss is float32 always.
     """
 
-    def __init__(self, arch: str, settings: Pretraining, device: torch.device, bf16: bool) -> None:
-        encoder = ARCHITECTURES[arch]()
-        networks = nn.ModuleList([encoder, ProjectionHead(encoder.feature_dim)])
-        if device.type == "cuda" and rank_and_world()[1] > 1:  # on CPUs each has its own statistics
-            networks = nn.SyncBatchNorm.convert_sync_batchnorm(networks)
-        self.networks = networks.to(device, memory_format=memory_format(device, bf16)).train()
-        self.optimizer = adamw(networks, lr=settings.lr, weight_decay=settings.weight_decay)
+    def __init__(
+        self,
+        networks: dict[str, nn.Module],
+        settings: Any,
+        epochs: int,
+        steps: int,
+        device: torch.device,
+        bf16: bool,
+    ) -> None:
+        self.networks = nn.ModuleDict(networks).train()
+        self.networks.to(device, memory_format=memory_format(device, bf16))
+        self.optimizer = adamw(self.networks, weight_decay=settings.weight_decay)
         self.settings, self.device, self.bf16 = settings, device, bf16
+        self.epochs, self.steps = epochs, steps
         self.records: list[dict[str, float]] = []  # one for each finished epoch
         self.step = 0  # steps done in the epoch after these
         self.sums = torch.zeros(3, device=device)  # of loss, accuracy, std over these steps
         self.seconds, self.since = 0.0, time.perf_counter()  # of training, in these steps
+        self.best: dict = {}  # where validation chooses: the weights of the best epoch so far
 
     def tick(self) -> None:
         """Count the seconds since the last tick."""
@@ -465,41 +484,61 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether all epochs are done."""
-        return len(self.records) >= self.settings.epochs
+        return len(self.records) >= self.epochs
 
     def state(self) -> dict:
         """All of it, as tensors and plain values; shared with the run, not copied."""
-        encoder, projection_head = self.networks
         return {
-            "encoder": encoder.state_dict(),
-            "projection_head": projection_head.state_dict(),
+            **{name: network.state_dict() for name, network in self.networks.items()},
             "optimizer": self.optimizer.state_dict(),
             "epoch": len(self.records),
-            "step": self.step,
-            "sums": self.sums,
-            "seconds": self.seconds,
-            "records": self.records,
+            **{name: getattr(self, name) for name in RUN_STATE},
         }
 
     def restore(self, state: dict) -> None:
         """Go back to where `state` was taken."""
-        for part, network in zip(("encoder", "projection_head"), self.networks, strict=True):
-            network.load_state_dict(state[part])
+        for name, network in self.networks.items():
+            network.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.records = state["step"], state["seconds"], state["records"]
-        self.sums.copy_(state["sums"])
+        for name in RUN_STATE:
+            setattr(self, name, state[name])
+        self.sums = self.sums.to(self.device, copy=True)
 
 
-def embed(networks: nn.ModuleList, views: Tensor, bf16: bool) -> Tensor:
-    """The projections of views: (V, 1, S, S) float, normalised -> z: (V, D), bf16 if asked for."""
-    encoder, projection_head = networks
+def pretraining(
+    encoder: ResNet, settings: Pretraining, n: int, device: torch.device, bf16: bool
+) -> Run:
+    """A pretraining that is about to begin; the projection head is new.
+
+    Args:
+        encoder: on the CPU; trained in place.
+        n: pictures; the n mod batch_size of them left over in an epoch wait for the next one.
+        device, bf16: as `Run` takes them.
+    """
+    networks = {"encoder": encoder, "projection_head": ProjectionHead(encoder.feature_dim)}
+    if device.type == "cuda" and rank_and_world()[1] > 1:  # on CPUs each has its own statistics
+        networks = {k: nn.SyncBatchNorm.convert_sync_batchnorm(v) for k, v in networks.items()}
+    return Run(networks, settings, settings.epochs, n // settings.batch_size, device, bf16)
+
+
+def embed(networks: nn.ModuleDict, views: Tensor, bf16: bool) -> Tensor:
+    """What a run's two networks make of views: projections z or, of a classifier, logits.
+
+    Args:
+        networks: the encoder, then what takes its representations.
+        views: (V, 1, S, S) float, normalised.
+
+    Returns:
+        (V, D), bf16 if asked for.
+    """
+    encoder, head = networks.values()
     with torch.autocast(views.device.type, torch.bfloat16, enabled=bf16):
         h = encoder(views.contiguous(memory_format=memory_format(views.device, bf16)))  # (V, E)
-        return projection_head(h)  # (V, D)
+        return head(h)  # (V, D)
 
 
 def backward_in_chunks(
-    networks: nn.ModuleList, views: Tensor, settings: Pretraining, bf16: bool
+    networks: nn.ModuleDict, views: Tensor, settings: Pretraining, bf16: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a whole batch and its gradients, in the memory of one chunk (2101.06983, §3.1).
 
@@ -547,26 +586,15 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 def batches(images: Tensor | np.ndarray, order: Tensor, device: torch.device) -> Iterator[Tensor]:
     """Each batch's pictures on the device: (share, 1, S, S) uint8.
 
-    From an array, CUDA copies a batch beside the arithmetic of the step before: Python has long
-    come here when the device still computes, and the copy has a stream of its own.
-
     Args:
         images: (m, S, S) uint8: a tensor on the device, or a memory-mapped array.
         order: (steps, share) int64 on the CPU, rows of `images`.
     """
-    if isinstance(images, Tensor):
-        for rows in to_device(order, device):
-            yield images[rows][:, None]
-        return
-    copying = torch.cuda.Stream(device) if device.type == "cuda" else None
-    for rows in order.numpy():
-        batch = torch.from_numpy(images[rows])[:, None]
-        if copying:
-            with torch.cuda.stream(copying):
-                batch = to_device(batch, device)
-            torch.cuda.current_stream(device).wait_stream(copying)
-            batch.record_stream(torch.cuda.current_stream(device))  # its memory is in use there
-        yield batch.to(device)
+    for rows in to_device(order, device) if isinstance(images, Tensor) else order.numpy():
+        batch = images[rows]
+        yield (batch if isinstance(images, Tensor) else to_device(torch.from_numpy(batch), device))[
+            :, None
+        ]
 
 
 def pretrain(
@@ -587,7 +615,7 @@ def pretrain(
         (slices, not views) and seconds of training alone.
     """
     settings, networks, device = run.settings, run.networks, run.device
-    steps, (rank, world) = len(rows) // settings.batch_size, rank_and_world()
+    steps, (rank, world) = run.steps, rank_and_world()
     share = settings.batch_size // world
     mine = torch.arange(rank * share, (rank + 1) * share)  # (share,), which of the N slices
     both = torch.cat([mine, settings.batch_size + mine])  # (2 share,), which of their 2N views
@@ -622,28 +650,28 @@ def pretrain(
             run.sums += torch.stack([loss.detach(), *contrastive_statistics(z_a, z_b)])
             run.step += 1
             run.tick()
-            yield finish_epoch(run, lr, steps) if run.step == steps else None
+            yield finish_epoch(run, lr, STATISTICS) if run.step == steps else None
 
 
-def finish_epoch(run: Run, lr: float, steps: int) -> dict[str, float]:
-    """Record an epoch whose steps are done, and begin the next; see `pretrain`.
+def finish_epoch(run: Run, lr: float, names: Sequence[str]) -> dict[str, float]:
+    """Record an epoch whose steps are done, and begin the next.
 
     Args:
         lr: of the last step.
+        names: of what the run's sums add up; the first is a loss.
 
     Raises:
         UserError: the loss is no finite number; what was saved before is as it was.
     """
-    loss, accuracy, std = (run.sums / steps).tolist()  # waits for the device; the clock comes after
+    means = (run.sums / run.steps).tolist()  # waits for the device; the clock comes after
     run.tick()
-    record = {"epoch": len(run.records) + 1, "loss": loss, "lr": lr}
-    if not math.isfinite(loss):
+    record = {"epoch": len(run.records) + 1, "lr": lr, **dict(zip(names, means, strict=False))}
+    if not math.isfinite(means[0]):
         raise data.UserError(
-            f"the loss became {loss} in epoch {record['epoch']} at learning rate {lr:.2g}; what "
-            "was saved before is as it was; start again with --restart and a lower --lr"
+            f"the loss became {means[0]} in epoch {record['epoch']} at learning rate {lr:.2g}; "
+            "what was saved before is as it was; start again with --restart and a lower --lr"
         )
-    record |= {"contrastive_accuracy": accuracy, "embedding_std": std}
-    speed = steps * run.settings.batch_size / run.seconds
+    speed = run.steps * run.settings.batch_size / run.seconds
     record |= {"images_per_second": speed, "seconds": run.seconds}
     run.records, run.step, run.seconds = [*run.records, record], 0, 0.0
     run.sums.zero_()
@@ -671,15 +699,28 @@ def save(checkpoint: dict, path: Path) -> None:
         torch.save(checkpoint, file)
 
 
-def save_run(run: Run, out: Path, config: dict, seen: Tensor) -> float:
-    """Write encoder.pt, all that using it needs, then checkpoint.pt, all that going on needs.
+def encoder_checkpoint(encoder: ResNet, config: dict, epoch: int, seen: Tensor) -> dict:
+    """encoder.pt: all that using an encoder needs.
+
+    Args:
+        config: of the run; what describes the encoder is copied out of it, to be found at once.
+        epoch: how many it was trained for.
+        seen: (n, 16) uint8, the hashes of the pictures pretrained on, so that a probe can refuse
+            a test part that holds one of them.
+    """
+    weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
+    described = {key: config[key] for key in ("arch", "image_size", "mean", "std")}
+    described |= {"encoder": weights, "feature_dim": encoder.feature_dim}
+    return described | {"epoch": epoch, "config": config, "seen": seen}
+
+
+def save_run(run: Run, out: Path, config: dict, seen: Tensor | None = None) -> float:
+    """Write checkpoint.pt, all that going on needs, and of a pretraining encoder.pt before it.
 
     Only rank 0 does. Saving is not training: its seconds are taken off the run's.
 
     Args:
-        config: of the run; what describes the encoder is copied out of it, to be found at once.
-        seen: (n, 16) uint8, the hashes of the pictures pretrained on, so that a probe can refuse
-            a test part that holds one of them.
+        seen: as `encoder_checkpoint` takes it; None = this is no pretraining.
 
     Returns:
         When to save again at the earliest, on time.monotonic's clock.
@@ -687,20 +728,19 @@ def save_run(run: Run, out: Path, config: dict, seen: Tensor) -> float:
     Raises:
         UserError: a weight is no finite number.
     """
-    began, state = time.monotonic(), run.state() | {"config": config}
-    weights = {name: value.cpu().contiguous() for name, value in state["encoder"].items()}
-    if not all(value.isfinite().all() for value in weights.values()):
+    began = time.monotonic()
+    if not all(value.isfinite().all() for value in run.networks.state_dict().values()):
         raise data.UserError(
             f"the weights are no finite numbers after step {run.step} of epoch "
-            f"{state['epoch'] + 1}; what was saved before is as it was; start again with "
+            f"{len(run.records) + 1}; what was saved before is as it was; start again with "
             "--restart and a lower --lr"
         )
-    described = {key: config[key] for key in ("arch", "image_size", "mean", "std")}
-    described |= {"encoder": weights, "epoch": state["epoch"], "config": config, "seen": seen}
-    described |= {"feature_dim": run.networks[0].feature_dim}
     if rank_and_world()[0] == 0:
-        save(described, out / "encoder.pt")
-        save(state, out / "checkpoint.pt")  # last: when it says finished, all else is there
+        if seen is not None:
+            encoder = run.networks["encoder"]
+            save(encoder_checkpoint(encoder, config, len(run.records), seen), out / "encoder.pt")
+        # last: when it says finished, all else is there
+        save(run.state() | {"config": config}, out / "checkpoint.pt")
     took = time.monotonic() - began
     run.seconds -= took
     return time.monotonic() + max(CHECKPOINT_SECONDS, took / CHECKPOINT_SHARE)
@@ -709,7 +749,7 @@ def save_run(run: Run, out: Path, config: dict, seen: Tensor) -> float:
 def read_checkpoint(out: Path, config: dict) -> dict | None:
     """The state of the run whose checkpoint.pt is in a folder; None where there is none.
 
-    An encoder.pt without it (it is large, and may have been deleted) still says of which run it is.
+    What it led to, encoder.pt or classifier.pt, still says of which run it is where it was deleted.
 
     Args:
         config: of the run that shall go on from it.
@@ -717,12 +757,12 @@ def read_checkpoint(out: Path, config: dict) -> dict | None:
     Raises:
         UserError: it cannot be read, or is of a run with other settings.
     """
-    path = next((out / name for name in RUN_FILES[:2] if (out / name).exists()), None)
+    path = next((out / name for name in RUN_FILES[:3] if (out / name).exists()), None)
     if path is None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        before, _ = state["config"], state["seen" if path.name == "encoder.pt" else "sums"]
+        before, _ = state["config"], state["sums" if path.name == "checkpoint.pt" else "seen"]
     except Exception as error:  # torch.load raises nearly anything on a file that isn't its own
         raise data.UserError(
             f"{path} cannot be resumed ({reason(error)}); --restart begins anew and replaces it"
@@ -781,3 +821,39 @@ def load_encoder(path: Path) -> tuple[ResNet, dict]:
     except Exception as error:  # torch.load raises nearly anything on a file that isn't its own
         raise data.UserError(f"{path} cannot be used as an encoder.pt ({reason(error)})") from error
     return encoder, checkpoint
+
+
+def init_encoder(arch: str, init: str) -> tuple[ResNet, float, float]:
+    """An encoder before its training: random, with ImageNet's weights, or with those of a file.
+
+    torchvision's first layer takes red, green and blue; on gray pictures, where all three are the
+    same, it does what the sum of its three filters does.
+
+    Args:
+        init: "random" (torch's own generator), "imagenet" (torchvision fetches them once), or a
+            file that holds a state_dict of torchvision's.
+
+    Returns:
+        (the encoder on the CPU; mean and std of the pictures it expects, in units of [0, 1])
+
+    Raises:
+        UserError: they cannot be had, or are of another architecture.
+    """
+    encoder = ARCHITECTURES[arch]()
+    if init == "random":
+        return encoder, 0.5, 0.5
+    try:
+        if init == "imagenet":
+            from torchvision.models import get_model_weights  # here alone: all else runs without
+
+            weights = get_model_weights(arch).DEFAULT.get_state_dict(check_hash=True)
+        else:
+            weights = torch.load(init, map_location="cpu", weights_only=True)
+        if "encoder" in weights:  # what it has seen would be forgotten
+            raise ValueError("it is one of ours; --encoder takes it")
+        weights = {name: w for name, w in weights.items() if not name.startswith("fc.")}
+        weights["conv1.weight"] = weights["conv1.weight"].sum(dim=1, keepdim=True)  # (64, 1, 7, 7)
+        encoder.load_state_dict(weights)
+    except Exception as error:  # torch.load and a download raise nearly anything
+        raise data.UserError(f"--init {init}: no weights of a {arch} ({reason(error)})") from error
+    return encoder, *IMAGENET_SCALING
