@@ -691,18 +691,26 @@ def training_picture(records: list[dict], title: str, caption: str) -> Image.Ima
     return chart([*panels, Panel("val accuracy", "epoch", accuracy)], title, caption)
 
 
+def roc_curve(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """The curve whose area is the AUROC: (m, 2), the share of negatives and of positives passed.
+
+    Args:
+        scores, positive: as in `auroc`; both kinds are there. Tied scores are passed together.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ends = np.flatnonzero(np.diff(scores[order], append=np.inf))  # the last of each tied score
+    passed = [np.append(0, np.cumsum(x[order])[ends]) / x.sum() for x in (~positive, positive)]
+    return np.column_stack(passed)
+
+
 def roc_picture(test: TestPart, probs: np.ndarray, caption: str) -> Image.Image:
     """roc.png: for each class, how many of it are found against how many others with them."""
     lines = {}
     for k, name in enumerate(test.classes):
-        order = np.argsort(-probs[:, k], kind="stable")
-        ends = np.flatnonzero(np.r_[np.diff(probs[order, k]) != 0, True])  # last of each tied score
-        hit = test.labels[order] == k
-        if 0 < hit.sum() < len(hit):
-            found, false = (np.r_[0, np.cumsum(x)[ends]] / x.sum() for x in (hit, ~hit))
-            lines[f"{name} {auroc(probs[:, k], test.labels == k)[0]:.3f}"] = [
-                list(zip(false, found, strict=True))
-            ]
+        there = test.labels == k
+        if 0 < there.sum() < len(there):
+            area = auroc(probs[:, k], there)[0]
+            lines[f"{name} {area:.3f}"] = [roc_curve(probs[:, k], there).tolist()]
     panel = Panel("share of the class found", "share of the others called it, too", lines)
     return chart([panel], f"{test.task}: ROC, each class against the rest (area)", caption)
 
@@ -860,7 +868,7 @@ def compare_files(cells: list[dict], test: TestPart, about: str) -> dict[str, ob
     is taken picture by picture, between what was fitted on the same labelled groups.
 
     Args:
-        cells: as `heads.fit_cell` returns them, of all METHODS.
+        cells: as `heads.Comparison.fit` yields them, of all METHODS.
         about: on the data, the split and the settings; it stands above the table.
     """
     measured = [classification_metrics(test.labels, np.array(c["probs"])) for c in cells]

@@ -556,14 +556,13 @@ def finetune(
     while not run.finished:
         epoch = len(run.records) + 1
         trial, before = divmod(epoch - 1, settings.epochs)  # which learning rate, its epochs done
+        generator_of = partial(data.generator_for, settings.seed, epoch)
         if run.step == before == 0:
             networks.load_state_dict(run.first)
             run.optimizer = simclr.adamw(networks, settings.weight_decay)
         # Step 0 of an epoch draws its order, step s >= 1 the views of its batch s.
-        generator = data.generator_for(settings.seed, epoch, 0)
-        rounds = 1 + run.steps * size // len(rows)
-        order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(rounds)])
-        order = order[: run.steps * size].view(run.steps, size)
+        lots = torch.rand(-(-run.steps * size // len(rows)), len(rows), generator=generator_of(0))
+        order = lots.argsort(dim=1).flatten()[: run.steps * size].view(run.steps, size)
         for chosen in order[run.step :].numpy():  # (size,)
             done = before * run.steps + run.step  # with this learning rate
             lr = simclr.cosine_lr(done, steps, settings.lrs[trial], 0.0)
@@ -571,8 +570,7 @@ def finetune(
             simclr.set_lr(run.optimizer, lr)
             batch = torch.from_numpy(images[rows[chosen]])[:, None].to(run.device)
             targets = labels[chosen].to(run.device)
-            generator = data.generator_for(settings.seed, epoch, run.step + 1)
-            numbers = data.draw_views(size, generator)
+            numbers = data.draw_views(size, generator_of(run.step + 1))
             views = data.apply_views(batch, numbers, settings.mean, settings.std)  # (N, 1, S, S)
             logits = simclr.embed(networks, views, run.bf16).float()  # (N, K)
             loss = F.cross_entropy(logits, targets)
@@ -639,73 +637,90 @@ def label_subset(task: Task, fraction: float, seed: int) -> Task:
     return replace(task, split=split)
 
 
-def count_steps(task: Task, settings: FineTuning, fraction: float, seed: int, method: str) -> int:
-    """How many steps of training a fit of `compare` takes; those of a probe are not counted."""
-    n = (label_subset(task, fraction, seed).split == "train").sum()
-    trials = {"finetune": len(settings.lrs), "scratch": len(SCRATCH_LRS)}.get(method, 0)
-    return trials * settings.epochs * max(LEAST_STEPS, -(-n // settings.batch_size))
+@dataclass(frozen=True)
+class Comparison:
+    """What methods are compared on: the same labelled groups, the same pictures, one encoder."""
 
+    task: Task
+    images: np.ndarray  # (n, S, S) uint8, the task's pictures in the order of its rows
+    encoder: simclr.ResNet
+    checkpoint: dict  # the encoder's
+    settings: FineTuning  # from scratch, all of SCRATCH_LRS are tried
+    device: torch.device
+    bf16: bool
 
-def compare(
-    plan: Sequence[tuple[float, int, str]],
-    task: Task,
-    images: np.ndarray,
-    encoder: simclr.ResNet,
-    checkpoint: dict,
-    settings: FineTuning,
-    device: torch.device,
-    bf16: bool,
-) -> Iterator[dict | None]:
-    """Fit methods on the same labelled groups; the test part is asked once for each fit.
+    def fit(self, plan: Sequence[tuple[float, int, str]]) -> Iterator[dict | None]:
+        """Fit each method of a plan; the test part is asked once for each fit.
 
-    Args:
-        plan: (fraction of the training groups, seed, one of evaluate.METHODS) of each fit.
-        images: (n, S, S) uint8, the task's pictures in the order of its rows.
-        encoder, checkpoint: as `simclr.load_encoder` returns them.
-        settings: of the fine-tuning; from scratch all of SCRATCH_LRS are tried.
+        Args:
+            plan: (fraction of the training groups, seed, one of evaluate.METHODS) of each fit.
 
-    Yields:
-        None after each step of a fine-tuning (`count_steps`), and after each fit: method, fraction,
-        seed; groups and pictures with labels; trained parameters; seconds of
-        training (features that are computed once count with the share that is used); lr, the chosen
-        one; probs, (N, K) as lists, of the test part.
-    """
-    features: dict[tuple, tuple[Tensor, float]] = {}
-    for fraction, seed, method in plan:
-        cut = label_subset(task, fraction, seed)
-        of, labels = parts_of(cut), torch.from_numpy(cut.labels)
-        train, val = ((of[part], labels[of[part]]) for part in ("train", "val"))
-        began, lr = time.perf_counter(), None
-        if method in ("finetune", "scratch"):
-            scratch = method == "scratch"
-            start = untrained(checkpoint["arch"], seed) if scratch else copy.deepcopy(encoder)
-            how = replace(settings, seed=seed, lrs=SCRATCH_LRS if scratch else settings.lrs)
-            run = fine_tuning(start, len(task.classes), how, len(train[0]), device, bf16)
-            yield from (None for _ in finetune(run, images, train, val))
-            trained, lr, seconds = run.networks, run.best["peak_lr"], time.perf_counter() - began
-            h = features_of(start, checkpoint, images[of["test"]], device, bf16)
-            probs = probabilities(trained["head"].cpu(), h).numpy()
-        else:
-            key = (method == "untrained", seed * (method == "untrained"))
-            if key not in features:
-                start = untrained(checkpoint["arch"], seed) if key[0] else encoder
-                h = features_of(start, checkpoint, images, device, bf16)
-                features[key] = h, (time.perf_counter() - began) / len(h)
-            h, each = features[key]
-            began = time.perf_counter() - each * (len(train[0]) + len(val[0]) * (method != "knn"))
-            if method == "knn":
-                trained, known = nn.Identity(), (h[of["train"]].numpy(), cut.labels[of["train"]])
-                probs = evaluate.nearest_neighbours(
-                    *known, h[of["test"]].numpy(), len(task.classes)
-                )
+        Yields:
+            None after each step of a fine-tuning, and after each fit: method, fraction, seed;
+            groups and pictures with labels; trained parameters; seconds of training (features that
+            are computed once count with the share that is used); lr, the chosen one; probs, (N, K)
+            as lists, of the test part.
+        """
+        kept: dict[tuple, tuple[Tensor, float]] = {}
+        for fraction, seed, method in plan:
+            cut = label_subset(self.task, fraction, seed)
+            of = parts_of(cut)
+            cell = {"method": method, "fraction": fraction, "seed": seed, "lr": None}
+            cell["groups"] = len(np.unique(cut.groups[of["train"]]))
+            cell["pictures"] = len(of["train"])
+            if method in ("finetune", "scratch"):
+                yield cell | (yield from self.fit_network(cut, seed, method == "scratch"))
             else:
-                trained, _, found = fit_probe(h, cut, Probing(seed=seed), "cosine_mlp", iter)
-                probs = found["test"]
-            seconds = time.perf_counter() - began
-        cell = {"method": method, "fraction": fraction, "seed": seed, "lr": lr, "seconds": seconds}
-        cell |= {"groups": len(np.unique(cut.groups[of["train"]])), "pictures": len(of["train"])}
-        cell["parameters"] = sum(p.numel() for p in trained.parameters())
-        yield cell | {"probs": probs.tolist()}
+                yield cell | self.fit_features(cut, seed, method, kept)
+
+    def count_steps(self, plan: Sequence[tuple[float, int, str]]) -> int:
+        """How many steps of fine-tuning `fit` takes for a plan."""
+        trials, total = {"finetune": len(self.settings.lrs), "scratch": len(SCRATCH_LRS)}, 0
+        for fraction, seed, method in plan:
+            n = len(parts_of(label_subset(self.task, fraction, seed))["train"])
+            steps = max(LEAST_STEPS, -(-n // self.settings.batch_size))
+            total += trials.get(method, 0) * self.settings.epochs * steps
+        return total
+
+    def fit_network(self, cut: Task, seed: int, scratch: bool) -> Iterator[None]:
+        """Fine-tune a copy of the encoder, or random weights; returns what `fit` says of it."""
+        of, labels, began = parts_of(cut), torch.from_numpy(cut.labels), time.perf_counter()
+        train, val = ((of[part], labels[of[part]]) for part in ("train", "val"))
+        arch = self.checkpoint["arch"]
+        encoder = untrained(arch, seed) if scratch else copy.deepcopy(self.encoder)
+        lrs = SCRATCH_LRS if scratch else self.settings.lrs
+        settings = replace(self.settings, seed=seed, lrs=lrs)
+        where = self.device, self.bf16
+        run = fine_tuning(encoder, len(cut.classes), settings, len(train[0]), *where)
+        yield from (None for _ in finetune(run, self.images, train, val))
+        cell = {"seconds": time.perf_counter() - began, "lr": run.best["peak_lr"]}
+        cell["parameters"] = sum(p.numel() for p in run.networks.parameters())
+        h = features_of(encoder, self.checkpoint, self.images[of["test"]], *where)
+        return cell | {"probs": probabilities(run.networks["head"].cpu(), h).tolist()}
+
+    def fit_features(self, cut: Task, seed: int, method: str, kept: dict) -> dict:
+        """Fit a probe or ask for neighbours; what `fit` says of it.
+
+        Args:
+            kept: features computed before, and seconds a picture; added to.
+        """
+        of, began, key = parts_of(cut), time.perf_counter(), seed if method == "untrained" else None
+        if key not in kept:
+            random = method == "untrained"
+            encoder = untrained(self.checkpoint["arch"], seed) if random else self.encoder
+            h = features_of(encoder, self.checkpoint, self.images, self.device, self.bf16)
+            kept[key] = h, (time.perf_counter() - began) / len(h)
+        h, each = kept[key]
+        began = time.perf_counter() - each * (len(of["train"]) + len(of["val"]))
+        if method == "knn":
+            known = h[of["train"]].numpy(), cut.labels[of["train"]]
+            asked = h[of["test"]].numpy(), len(cut.classes)
+            probs, parameters = evaluate.nearest_neighbours(*known, *asked), 0
+        else:
+            head, _, found = fit_probe(h, cut, Probing(seed=seed), "cosine_mlp", iter)
+            probs, parameters = found["test"], sum(p.numel() for p in head.parameters())
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds, "parameters": parameters, "probs": probs.tolist()}
 
 
 # ---------------------------------------------------------------------------------------------

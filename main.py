@@ -156,7 +156,7 @@ def name_unreadable(pictures: data.Pictures, refuse: bool) -> None:
     for row, why in bad.items():
         print(f"  left out, unreadable: {paths[row]!r} ({why})")
     least, share = data.MAX_UNREADABLE
-    if refuse and (len(bad) > max(least, share * len(paths)) or len(bad) == len(paths)):
+    if refuse and len(bad) > max(least, share * len(paths)):
         raise data.UserError(
             f"{len(bad)} of {len(paths)} pictures cannot be read, the first is "
             f"{paths[min(bad)]!r} ({bad[min(bad)]}); replace or remove them"
@@ -514,8 +514,7 @@ def finetune(args: argparse.Namespace) -> None:
         h = {p: heads.features_of(encoder, checkpoint, images[of[p]], *machine[:2]) for p in of}
         probs = {p: heads.probabilities(head, h[p]).numpy() for p in ("val", "test")}
         name = "from scratch" if args.from_scratch else "fine-tuned network"
-        seen = checkpoint["seen"]
-        checkpoint |= simclr.encoder_checkpoint(encoder, checkpoint, checkpoint["epoch"], seen)
+        checkpoint["encoder"] = {k: v.cpu() for k, v in encoder.state_dict().items()}
         result = {name: probs["test"]}
         finish_classifier(args, trial, config, head, "linear", run.records, probs["val"], result)
 
@@ -576,10 +575,9 @@ def compare(args: argparse.Namespace) -> None:
         print(f"  {len(plan)} fits, {len(plan) - len(todo)} of them done before")
         write(out, {"config.json": config})
         images = study.pictures.squares(task.rows)
-        fits = heads.compare(todo, task, images, encoder, checkpoint, settings, *machine[:2])
-        total = sum(heads.count_steps(task, settings, *fit) for fit in todo)
-        with progress_bar(total=total, unit="step", desc="compare") as bar:
-            for cell in fits:
+        on = heads.Comparison(task, images, encoder, checkpoint, settings, *machine[:2])
+        with progress_bar(total=on.count_steps(todo), unit="step", desc="compare") as bar:
+            for cell in on.fit(todo):
                 if cell is None:
                     bar.update()
                 else:
@@ -649,6 +647,8 @@ def predict(args: argparse.Namespace) -> None:
     pictures = data.load_files(args.paths, size, RUNS / "cache", progress)
     name_unreadable(pictures, refuse=True)
     rows = [row for row in range(len(pictures.paths)) if row not in pictures.unreadable]
+    if not rows:
+        raise data.UserError("no picture can be read; give others")
     images, classes = pictures.squares(np.array(rows)), checkpoint["classes"]
     probs = heads.classify(encoder, head, checkpoint, images, classes, *machine[:2])
     table = evaluate.prediction_table([pictures.paths[row] for row in rows], probs, classes)

@@ -762,7 +762,9 @@ def read_checkpoint(out: Path, config: dict) -> dict | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        before, _ = state["config"], state["sums" if path.name == "checkpoint.pt" else "seen"]
+        before = state["config"]
+        if not state.keys() & {"sums", "cells", "seen"}:
+            raise ValueError("it holds a config alone")
     except Exception as error:  # torch.load raises nearly anything on a file that isn't its own
         raise data.UserError(
             f"{path} cannot be resumed ({reason(error)}); --restart begins anew and replaces it"

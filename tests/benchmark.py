@@ -119,8 +119,9 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, str]:
     machine = main.choose_machine(args)
     N, chunk_size = int(batch), int(chunk[0]) if chunk else None
     settings = simclr.Pretraining(epochs=10**6, batch_size=N, chunk_size=chunk_size)
-    run = simclr.Run(arch, settings, machine.device, machine.bf16)
     images = pictures(args.image_size)
+    encoder = simclr.ARCHITECTURES[arch]()
+    run = simclr.pretraining(encoder, settings, len(images), *machine[:2])
     steps = simclr.pretrain(run, images, np.arange(len(images)))
     batch = torch.from_numpy(images[:N])[:, None].to(machine.device)
     constant = torch.cat(data.random_views(batch, data.generator_for(0)))

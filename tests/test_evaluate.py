@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
@@ -187,6 +188,140 @@ def test_2000_resamples_of_1300_predictions_take_well_under_a_second():
     assert time.perf_counter() - began < 5
 
 
+# --- calibration -------------------------------------------------------------------------------
+
+
+def overconfident(n: int = 4000, factor: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+    """Labels drawn from probabilities, which are then stated `factor` times too sharply."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 1.5, (n, 3))
+    true = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    labels = (true.cumsum(axis=1) < rng.random((n, 1))).sum(axis=1)
+    sharp = np.exp(factor * logits)
+    return labels, sharp / sharp.sum(axis=1, keepdims=True)
+
+
+def test_temperature_scaling_finds_how_much_too_sure_a_classifier_is():
+    labels, probs = overconfident()
+    temperature = evaluate.fit_temperature(labels, probs)
+    assert temperature == pytest.approx(3.0, rel=0.1)
+    cooled = evaluate.with_temperature(probs, temperature)
+    assert (cooled.argmax(axis=1) == probs.argmax(axis=1)).all()
+    before, after = (evaluate.expected_calibration_error(labels, p) for p in (probs, cooled))
+    assert after < 0.03 < 0.1 < before
+    assert evaluate.fit_temperature(labels[:0], probs[:0]) == 1.0
+
+
+def test_a_temperature_divides_the_logits():
+    logits = torch.randn(20, 4, dtype=torch.float64) * 5
+    ours = evaluate.with_temperature(logits.softmax(dim=1).numpy(), 2.5)
+    assert np.allclose(ours, (logits / 2.5).softmax(dim=1).numpy(), atol=1e-12)
+    certain = evaluate.with_temperature(np.array([[1.0, 0.0]]), 5.0)
+    assert np.isfinite(certain).all() and certain[0, 0] > 0.99
+
+
+def test_the_fitted_temperature_is_the_one_that_torch_finds():
+    labels, probs = overconfident(800, 2.0)
+    logits, log_t = torch.from_numpy(np.log(probs)), torch.zeros((), dtype=torch.float64)
+    log_t.requires_grad_()
+    optimizer = torch.optim.LBFGS([log_t], max_iter=100, tolerance_grad=1e-9)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(logits / log_t.exp(), torch.from_numpy(labels))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert evaluate.fit_temperature(labels, probs) == pytest.approx(log_t.exp().item(), rel=0.01)
+
+
+def test_bins_of_reliability_add_up_to_the_whole():
+    labels, probs = overconfident(500)
+    count, confidence, accuracy = evaluate.reliability(labels, probs)
+    assert count.sum() == 500 and len(count) == 15
+    assert (count * accuracy).sum() == (probs.argmax(axis=1) == labels).sum()
+    assert (count * confidence).sum() == pytest.approx(probs.max(axis=1).sum())
+
+
+def test_the_area_under_the_drawn_roc_curve_is_the_auroc():
+    rng = np.random.default_rng(1)
+    for scores in (rng.random(200), rng.integers(0, 5, 200)):  # the second is full of ties
+        positive = rng.random(200) < 0.3
+        x, y = evaluate.roc_curve(scores, positive).T
+        area = ((x[1:] - x[:-1]) * (y[1:] + y[:-1]) / 2).sum()
+        assert area == pytest.approx(evaluate.auroc(scores, positive)[0])
+        assert (x[0], y[0]) == (0, 0) and (x[-1], y[-1]) == (1, 1)
+
+
+# --- neighbours, and the map -------------------------------------------------------------------
+
+
+def test_neighbours_vote_as_a_slow_loop_says():
+    rng = np.random.default_rng(2)
+    known, labels, asked = rng.normal(size=(50, 8)), rng.integers(0, 3, 50), rng.normal(size=(9, 8))
+    ours = evaluate.nearest_neighbours(known, labels, asked, 4)
+    for n in range(9):
+        cosine = [k @ asked[n] / np.sqrt((k @ k) * (asked[n] @ asked[n])) for k in known]
+        votes = np.zeros(4)
+        for i in sorted(range(50), key=lambda i: -cosine[i])[:20]:
+            votes[labels[i]] += np.exp(cosine[i] / 0.07)
+        assert np.allclose(ours[n], votes / votes.sum(), atol=1e-9)
+    assert evaluate.nearest_neighbours(known[:3], labels[:3], asked, 4).shape == (9, 4)
+
+
+def test_principal_components_are_those_of_a_singular_value_decomposition():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(40, 6)) * [9, 5, 1, 1, 1, 1] + 100
+    u, s, _ = np.linalg.svd(x - x.mean(axis=0))
+    ours = evaluate.principal_components(x)
+    assert np.allclose(np.abs(ours), np.abs(u[:, :2] * s[:2]), atol=1e-8)
+    assert np.allclose(evaluate.principal_components(x[::-1]), ours[::-1])  # the sign is fixed
+
+
+# --- a comparison ------------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_mean_is_the_one_that_accuracy_has():
+    rng = np.random.default_rng(4)
+    groups, labels = np.arange(90) // 3, rng.integers(0, 2, 90)
+    probs = np.eye(2)[rng.integers(0, 2, 90)]
+    right = (probs.argmax(axis=1) == labels).astype(float)
+    expected = evaluate.group_bootstrap(labels, probs, groups)["accuracy"]
+    assert evaluate.mean_interval(right, groups) == pytest.approx(expected)
+
+
+def test_the_table_of_a_comparison_says_what_can_be_counted():
+    """Two seeds; the probe is right about 6 and 8 of 8 pictures, the others about 4 and 4."""
+    labels, groups = np.array([0, 1] * 4), np.arange(8) // 2
+    test = evaluate.TestPart("mine", ("a", "b"), [str(i) for i in range(8)], labels, groups)
+
+    def answers(right: int) -> list:
+        called = np.where(np.arange(8) < right, labels, 1 - labels)
+        return (np.eye(2)[called] * 0.8 + 0.1).tolist()
+
+    cells = [
+        {"method": m, "fraction": f, "seed": s, "groups": 3, "pictures": 9, "parameters": 1234,
+         "seconds": 1.0 + 2 * s, "lr": None, "probs": answers(6 + 2 * s if m == "probe" else 4)}
+        for m in evaluate.METHODS for f in (0.1, 1.0) for s in (0, 1)
+    ]  # fmt: skip
+    files = evaluate.compare_files(cells, test, "about it")
+    rows = [line.split(" | ") for line in files["table.md"].splitlines() if line.startswith("| 1")]
+    assert len(rows) == 2 * len(evaluate.METHODS)
+    by = {(row[0].strip("| "), row[1]): row[2:] for row in rows}
+    probe = by["10 %: 3 groups, 9 pictures", "probe, pretrained encoder"]
+    assert probe[0].startswith("0.875 ± 0.177 [") and probe[1].startswith("+0.375 [")
+    assert probe[2:] == ["1,234", "2.0 |"]
+    low, high = map(float, probe[1].split("[")[1].rstrip("]").split(","))
+    assert 0 <= low < 0.375 < high <= 0.75
+    scratch = by["100 %: 3 groups, 9 pictures", "supervised from scratch"]
+    assert scratch[1] == "+0.000 [+0.000, +0.000]"
+    header, *table = files["table.csv"]
+    assert len(table) == len(cells) and header[0] == "method" and "accuracy" in header
+    assert table[1][header.index("accuracy")] == 1.0
+    assert files["label_efficiency.png"].size[0] > 300
+
+
 # --- the pictures ------------------------------------------------------------------------------
 
 
@@ -197,7 +332,8 @@ def test_pictures_are_drawn_for_any_number_of_classes_and_epochs():
         image = evaluate.confusion_picture(matrix, names, "title", "LEAKED")
         assert isinstance(image, Image.Image) and np.asarray(image).std() > 5
     for values in ([], [0.5], [3.0, 2.0, 1.0], [0.5] * 4):
-        image = evaluate.curve_picture({"loss": {"train": values, "val": values}}, "title")
+        lines = {name: evaluate.over_epochs(values) for name in ("train", "val")}
+        image = evaluate.chart([evaluate.Panel("loss", "epoch", lines)], "title")
         assert image.size[0] > 100
 
 

@@ -1,6 +1,8 @@
 """heads.py: the cosine MLP against its definition, the schedule against torch's, the training."""
 
 import dataclasses
+import io
+import json
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 
 import data
+import evaluate
 import heads
 import simclr
 
@@ -119,24 +122,6 @@ def test_features_come_from_running_statistics_and_the_mode_is_restored():
         assert torch.equal(value, before[name]), name
 
 
-def test_dropout_silences_a_share_and_keeps_the_mean():
-    drop, x = heads.Dropout(0.3), torch.rand(400, 500) + 1
-    torch.manual_seed(0)
-    y = drop(x)
-    silent = y == 0
-    assert silent.float().mean().item() == pytest.approx(0.3, abs=0.005)  # 5 standard errors
-    assert torch.allclose(y[~silent], x[~silent] / 0.7)
-    assert silent.float().mean(dim=0).std().item() == pytest.approx(0.0229, abs=0.003)  # binomial
-    assert silent.float().mean(dim=1).std().item() == pytest.approx(0.0205, abs=0.003)
-    assert not torch.equal(silent, drop(x) == 0)
-    torch.manual_seed(0)
-    assert torch.equal(drop(x), y)
-    assert drop.eval()(x) is x
-    odd = heads.Dropout(0.5)(torch.ones(3, 3, dtype=torch.float64, requires_grad=True))
-    odd.sum().backward()
-    assert odd.dtype == torch.float64 and set(odd.flatten().tolist()) <= {0.0, 2.0}
-
-
 def test_probe_leaves_encoder_bitwise_unchanged():
     encoder = simclr.resnet18().train()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
@@ -166,13 +151,13 @@ def test_labels_planted_at_random_are_learnt_by_picture_and_not_by_group(tmp_pat
     collection = heads.load(tmp_path / "scans", 32, tmp_path / "cache")
     task = collection.task("mine")
     pixels = torch.from_numpy(collection.pictures.thumbnails[task.rows]).flatten(1)
-    features = {"pixels": pixels.float() / 127.5 - 1}
+    features = pixels.float() / 127.5 - 1
     settings = heads.Probing(epochs=40)
     by_picture = dataclasses.replace(task, split=rng.permutation(task.split))
     scores = {}
     for name, cut in (("picture", by_picture), ("group", task)):
-        ((_, _, probs),) = heads.fit_probes(features, cut, settings, lambda e, **_: e).values()
-        scores[name] = float((probs.argmax(axis=1) == cut.part("test")[1]).mean())
+        _, _, probs = heads.fit_probe(features, cut, settings, "cosine_mlp", iter)
+        scores[name] = float((probs["test"].argmax(axis=1) == cut.part("test")[1]).mean())
     assert scores["picture"] > 0.9
     assert abs(scores["group"] - 0.5) < 0.2  # 24 patients are tested: a standard error of 0.1
 
@@ -222,3 +207,176 @@ def test_the_survey_counts_what_a_person_would_count():
     assert "known of 0 of 6 pictures; --group-pattern says" in text
     assert "2 pictures are left out: a twin has another label" in text
     assert "It cannot be probed: class 'sick'" in text
+
+
+# --- fine-tuning -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_epochs(monkeypatch):
+    monkeypatch.setattr(heads, "LEAST_STEPS", 4)
+
+
+def stripes(n: int, seed: int = 0) -> tuple[np.ndarray, torch.Tensor]:
+    """Pictures of 32 px whose class is the way their stripes run."""
+    rng, y, x = np.random.default_rng(seed), *np.mgrid[:32, :32]
+    labels = np.arange(n) % 2
+    waves = [np.sin((y if k else x) * 0.8 + rng.uniform(0, 6)) for k in labels]
+    noise = rng.normal(0, 30, (n, 32, 32))
+    return (127 + 90 * np.stack(waves) + noise).clip(0, 255).astype(np.uint8), torch.tensor(labels)
+
+
+def tuning(settings: heads.FineTuning, n: int = 24) -> simclr.Run:
+    encoder = heads.untrained("resnet18", settings.seed)
+    return heads.fine_tuning(encoder, 2, settings, n, CPU, bf16=False)
+
+
+def parts(n: int = 24, n_val: int = 8) -> tuple[np.ndarray, tuple, tuple]:
+    """Pictures; rows and labels of a train part and a val part; the last picture is in neither."""
+    images, labels = stripes(n + n_val + 1)
+    rows = np.arange(n + n_val)
+    return images, (rows[:n], labels[:n]), (rows[n:], labels[n : n + n_val])
+
+
+def test_fine_tuning_learns_and_ends_with_the_weights_of_its_best_epoch(short_epochs):
+    images, train, val = parts()
+    run = tuning(heads.FineTuning(epochs=3, batch_size=8, lrs=(1e-4, 1e-3)))
+    first = {name: value.clone() for name, value in run.networks.state_dict().items()}
+    steps = list(heads.finetune(run, images, train, val))
+    assert len(steps) == 2 * 3 * 4  # of 24 pictures, three steps would be a pass
+    records = [record for record in steps if record]
+    assert records == run.records and [r["epoch"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert [r["peak_lr"] for r in records] == [1e-4] * 3 + [1e-3] * 3
+    best = max((r["val_accuracy"], -r["val_loss"]) for r in records)
+    h = heads.features_of(run.networks["encoder"], SCALING, images[val[0]], CPU)
+    score = heads.score(run.networks["head"], h, val[1])
+    assert score == pytest.approx((-best[1], best[0]), abs=1e-5) and best[0] > 0.8
+    chosen = next(r["peak_lr"] for r in records if -r["val_loss"] == best[1])
+    assert run.best["peak_lr"] == chosen
+    assert not torch.equal(run.networks["encoder"].conv1.weight, first["encoder.conv1.weight"])
+
+
+def test_each_learning_rate_begins_with_the_same_weights_and_its_own_schedule(
+    short_epochs, monkeypatch
+):
+    """Else the second would go on where the first one ended, and look better than it is."""
+    images, train, val = parts()
+    run = tuning(heads.FineTuning(epochs=2, batch_size=8, lrs=(1e-3, 1e-3)))
+    seen, rates = [], []
+    monkeypatch.setattr(simclr, "set_lr", lambda optimizer, lr: rates.append(lr))
+    for i, _ in enumerate(heads.finetune(run, images, train, val)):
+        if i % 8 == 0:
+            seen.append(run.optimizer.state_dict()["state"][0]["step"].item())
+    assert seen == [1, 1]  # AdamW counts anew
+    assert rates[:8] == rates[8:] and len(rates) == 16
+    assert rates[0] == max(rates) == pytest.approx(1e-3)  # 5 % of 8 steps: up at once
+    assert rates[7] < 0.05 * rates[0] and sorted(rates[:8], reverse=True) == rates[:8]
+    long = tuning(heads.FineTuning(epochs=10, batch_size=2))  # 120 steps, of which 6 warm up
+    rates.clear()
+    steps = heads.finetune(long, images, (train[0][:8], train[1][:8]), val)
+    for _ in range(8):
+        next(steps)
+    assert np.diff(rates)[:5] == pytest.approx([1e-4 / 6] * 5, rel=0.1) and rates[7] < rates[6]
+
+
+def test_a_fine_tuning_restored_after_any_step_ends_as_if_it_had_never_stopped(short_epochs):
+    """To the bit, and over the border between two learning rates."""
+    images, train, val = parts()
+    settings = heads.FineTuning(epochs=1, batch_size=8, lrs=(1e-4, 1e-3))
+    first, files = tuning(settings), []
+    for _ in heads.finetune(first, images, train, val):
+        files.append(io.BytesIO())
+        torch.save(first.state(), files[-1])
+    for done in (1, 3, 4, 5, 7):
+        files[done - 1].seek(0)
+        second = tuning(settings)
+        second.restore(torch.load(files[done - 1], weights_only=True))
+        assert (len(second.records), second.step) == divmod(done, 4)
+        torch.rand(7)
+        list(heads.finetune(second, images, train, val))
+        states = first.networks.state_dict(), second.networks.state_dict()
+        assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
+        losses = [[r["train_loss"] for r in run.records] for run in (first, second)]
+        assert losses[0] == losses[1]
+
+
+def test_fine_tuning_has_no_way_to_the_pictures_it_is_not_given(short_epochs):
+    """The row that belongs to neither part is replaced, and not a bit changes."""
+    weights = []
+    for other in (0, 255):
+        images, train, val = parts()
+        images[-1] = other
+        run = tuning(heads.FineTuning(epochs=1, batch_size=8))
+        list(heads.finetune(run, images, train, val))
+        weights.append(run.networks["head"].weight.detach().clone())
+    assert torch.equal(*weights)
+
+
+def test_without_a_val_part_the_last_epoch_counts(short_epochs):
+    images, train, _ = parts()
+    run = tuning(heads.FineTuning(epochs=2, batch_size=8))
+    list(heads.finetune(run, images, train, (np.zeros(0, int), torch.zeros(0).long())))
+    assert [r["val_loss"] for r in run.records] == [None, None]
+    last = run.best["networks"]["head.weight"]
+    assert torch.equal(last, run.networks["head"].weight) and run.finished
+
+
+# --- a comparison ------------------------------------------------------------------------------
+
+
+def many_people(people: int = 60) -> heads.Task:
+    """Two to four slices a person; the last class has one person in training."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(people), rng.integers(2, 5, people))
+    labels = np.where(groups == 7, 2, groups % 2)
+    labels[np.flatnonzero(groups == 8)[0]] = 1  # a person of two labels, mostly 0
+    split = np.select([groups % 10 == 0, groups % 10 == 1], ["test", "val"], "train")
+    n = np.arange(len(groups))
+    return heads.Task("mine", ("a", "b", "c"), n, labels, groups, np.full(len(n), ""), split, {})
+
+
+def test_labelled_groups_are_nested_stratified_and_never_cut():
+    task = many_people()
+    kept = {}
+    for fraction in (0.01, 0.1, 0.5, 1.0):
+        cut = heads.label_subset(task, fraction, seed=3)
+        assert (cut.split[task.split != "train"] == task.split[task.split != "train"]).all()
+        labelled = set(cut.groups[cut.split == "train"])
+        assert not labelled & set(cut.groups[cut.split == "unlabelled"])
+        assert set(cut.labels[cut.split == "train"]) == {0, 1, 2}  # the class of one person, too
+        sizes = [len({g for g in labelled if g % 2 == k and g != 7}) for k in (0, 1)]
+        whole = [len({g for g in set(task.groups[task.split == "train"]) - {7} if g % 2 == k})
+                 for k in (0, 1)]  # fmt: skip
+        assert sizes == [max(1, round(fraction * n)) for n in whole]
+        kept[fraction] = labelled
+    assert kept[0.01] < kept[0.1] < kept[0.5] < kept[1.0]
+    other = heads.label_subset(task, 0.1, seed=4)
+    assert set(other.groups[other.split == "train"]) != kept[0.1]
+
+
+def test_a_comparison_gives_all_methods_the_same_labels_and_counts_what_they_train(short_epochs):
+    task = many_people()
+    images, _ = stripes(len(task.rows))
+    encoder = simclr.resnet18()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    checkpoint = {"arch": "resnet18", **SCALING}
+    settings = heads.FineTuning(epochs=1, batch_size=16)
+    on = heads.Comparison(task, images, encoder, checkpoint, settings, CPU, False)
+    plan = [(0.1, 0, m) for m in evaluate.METHODS] + [(0.1, 1, "knn"), (0.3, 0, "untrained")]
+    steps, cells = 0, []
+    for cell in on.fit(plan):
+        cells += [cell] if cell else []
+        steps += cell is None
+    assert steps == on.count_steps(plan) == 4 * (1 + len(heads.SCRATCH_LRS))
+    assert [(c["fraction"], c["seed"], c["method"]) for c in cells] == plan
+    assert len({(c["groups"], c["pictures"]) for c in cells[:5]}) == 1 and cells[0]["groups"] == 5
+    trained = {c["method"]: c["parameters"] for c in cells[:5]}
+    network = sum(p.numel() for p in encoder.parameters()) + 3 * 512 + 3
+    head = sum(p.numel() for p in heads.CosineMLP(512, 3).parameters())
+    assert trained == {"probe": head, "finetune": network, "scratch": network, "untrained": head,
+                       "knn": 0}  # fmt: skip
+    assert all(np.shape(c["probs"]) == ((task.split == "test").sum(), 3) for c in cells)
+    assert all(np.allclose(np.sum(c["probs"], axis=1), 1) for c in cells)
+    assert cells[2]["lr"] in heads.SCRATCH_LRS and cells[1]["lr"] == 1e-4
+    assert len({json.dumps(c["probs"]) for c in cells}) == len(cells)  # each its own answer
+    assert all(torch.equal(value, before[k]) for k, value in encoder.state_dict().items())

@@ -88,7 +88,7 @@ def test_pretrain_then_probe_writes_every_artifact(capsys):
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     assert set(checkpoint) == {
         "encoder", "projection_head", "optimizer", "epoch", "step", "sums", "seconds", "records",
-        "config",
+        "best", "config",
     }  # fmt: skip
 
     assert main.main(["probe", "--task", "tumor", "--epochs", "5"]) == 0
@@ -97,7 +97,7 @@ def test_pretrain_then_probe_writes_every_artifact(capsys):
     run = Path("runs/phantoms/probe-tumor")
     assert {p.name for p in run.iterdir()} == {
         "config.json", "log.jsonl", "classifier.pt", "splits.csv", "predictions.csv",
-        "metrics.json", "report.txt", "confusion.png", "curve.png",
+        "metrics.json", "report.txt", "confusion.png", "curve.png", "roc.png", "reliability.png",
     }  # fmt: skip
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["task"] == "tumor" and metrics["leaked"] is False
@@ -305,6 +305,227 @@ def test_a_pattern_and_resplit_shape_the_split_and_are_remembered(tmp_path, caps
     # without the pattern the encoder's training patients stand in the test part: refused
     whole = ("probe", "--data", "scans", "--task", "mine", "--resplit")
     assert "--group-pattern" in refused(capsys, *whole)
+
+
+# --- finetune, compare --------------------------------------------------------------------------
+
+
+SMALL = ["--data", "scans", "--task", "mine"]
+
+
+def pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patients: int = 8) -> None:
+    """Pictures of 32 px, an untrained encoder for them, and short epochs."""
+    monkeypatch.setattr(heads, "LEAST_STEPS", 2)
+    plant(tmp_path / "scans", patients=patients)
+    main.main(["pretrain", "--data", "scans", "--epochs", "0", "--image-size", "32"])
+
+
+def test_finetune_writes_what_a_probe_writes_and_its_classifier_scores_the_same(
+    tmp_path, monkeypatch, capsys
+):
+    pretrained(tmp_path, monkeypatch)
+    assert main.main(["finetune", *SMALL, "--epochs", "2"]) == 0
+    assert (
+        main.main(["finetune", *SMALL, "--epochs", "1", "--from-scratch", "--image-size", "40"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "fine-tuned network" in out and "from scratch" in out and "untrained encoder" in out
+    runs = Path("runs/finetune-mine"), Path("runs/scratch-mine")
+    for run, lrs, size in zip(runs, ([1e-4], [1e-4, 3e-4, 1e-3]), (32, 40), strict=True):
+        assert {p.name for p in run.iterdir()} == {
+            "config.json", "log.jsonl", "checkpoint.pt", "classifier.pt", "splits.csv",
+            "predictions.csv", "metrics.json", "report.txt", "confusion.png", "curve.png",
+            "roc.png", "reliability.png",
+        }  # fmt: skip
+        config = json.loads((run / "config.json").read_text())
+        assert config["lrs"] == lrs and config["image_size"] == size
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        assert len({r["peak_lr"] for r in log}) == len(lrs)
+        assert set(log[0]) >= {"epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds"}
+        model = torch.load(run / "classifier.pt", weights_only=True)
+        assert model["head_type"] == "linear" and model["head"]["weight"].shape == (2, 512)
+        assert model["config"]["command"] == "finetune" and model["temperature"] > 0
+        words = ["evaluate", "--model", str(run / "classifier.pt"), "--data", "scans"]
+        assert main.main(words) == 0
+        again = Path("runs/evaluate-mine/predictions.csv").read_text()
+        assert again == (run / "predictions.csv").read_text()
+    weights = [torch.load(run / "classifier.pt")["encoder"]["conv1.weight"] for run in runs]
+    first = torch.load("runs/pretrain/encoder.pt")["encoder"]["conv1.weight"]
+    assert not torch.equal(weights[0], first)
+    assert (weights[0] - first).abs().max() < 0.01  # four steps of at most 1e-4 from there
+
+
+def test_a_stopped_fine_tuning_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch, capsys):
+    pretrained(tmp_path, monkeypatch)
+    command = ["finetune", *SMALL, "--epochs", "3", "--from-scratch", "--lr", "1e-3"]
+    shown, steps, stop_at = main.show_step, [], 0
+
+    def interrupt(bar: object, run: simclr.Run) -> None:
+        shown(bar, run)
+        steps.append(run.step)
+        if len(steps) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(main, "show_step", interrupt)
+    assert main.main([*command, "--image-size", "32", "--out", "alone"]) == 0
+    total, stop_at = len(steps), len(steps) + 3
+    with pytest.raises(SystemExit):
+        main.main([*command, "--image-size", "32", "--out", "stopped"])
+    assert not Path("stopped/classifier.pt").exists()
+    error = refused(capsys, *command, "--image-size", "32", "--out", "stopped", "--seed", "1")
+    assert "seed 0 there, 1 here" in error
+    assert main.main([*command, "--image-size", "32", "--out", "stopped"]) == 0
+    assert "goes on after step" in capsys.readouterr().out and len(steps) == 2 * total
+    for name in ("predictions.csv", "report.txt"):
+        assert Path("alone", name).read_bytes() == Path("stopped", name).read_bytes()
+    models = [torch.load(f"{out}/classifier.pt") for out in ("alone", "stopped")]
+    assert all(torch.equal(v, models[1]["encoder"][k]) for k, v in models[0]["encoder"].items())
+    before = len(steps)
+    assert main.main([*command, "--image-size", "32", "--out", "stopped"]) == 0  # it is finished
+    assert len(steps) == before
+
+
+def test_a_fine_tuning_begins_in_one_way_alone(tmp_path, monkeypatch, capsys):
+    pretrained(tmp_path, monkeypatch)
+    tune = ("finetune", *SMALL)
+    error = refused(capsys, *tune, "--from-scratch", "--init", "imagenet")
+    assert "--init and --from-scratch say where to begin" in error
+    assert "those of the encoder" in refused(capsys, *tune, "--image-size", "64")
+    assert "those of the encoder" in refused(capsys, *tune, "--arch", "resnet50")
+    assert "no weights of a resnet18" in refused(capsys, *tune, "--init", "nowhere.pth")
+    weights = simclr.resnet18(in_channels=3).state_dict()
+    torch.save(weights, "theirs.pth")
+    assert main.main([*tune, "--init", "theirs.pth", "--epochs", "1", "--image-size", "32"]) == 0
+    config = json.loads(Path("runs/finetune-mine/config.json").read_text())
+    assert config["init"] == "theirs.pth" and config["mean"] == 0.449
+    run = ["pretrain", "--data", "scans", "--init", "theirs.pth", "--epochs", "0", "--restart"]
+    assert main.main([*run, "--image-size", "32"]) == 0
+    encoder = torch.load("runs/pretrain/encoder.pt")
+    gray = weights["conv1.weight"].sum(dim=1, keepdim=True)
+    assert torch.equal(encoder["encoder"]["conv1.weight"], gray) and encoder["mean"] == 0.449
+
+
+def test_fine_tuning_and_comparing_refuse_a_test_part_that_the_encoder_has_seen(tmp_path, capsys):
+    plant(tmp_path / "scans")
+    flat = tmp_path / "flat" / "all"
+    flat.mkdir(parents=True)
+    for i, path in enumerate(sorted((tmp_path / "scans").rglob("*.png"))):
+        (flat / f"{i}.png").write_bytes(path.read_bytes())
+    main.main(["pretrain", "--data", "flat", "--epochs", "0", "--image-size", "32"])
+    for command in ("finetune", "compare"):
+        assert "was pretrained on 2 of the 2" in refused(capsys, command, *SMALL)
+
+
+def test_an_interrupted_comparison_goes_on_with_the_next_fit(tmp_path, monkeypatch, capsys):
+    pretrained(tmp_path, monkeypatch, patients=12)
+    command = ["compare", *SMALL, "--epochs", "1", "--seeds", "1", "--label-fractions", "0.3", "1"]
+    network, fitted = heads.Comparison.fit_network, []
+
+    def counted(self: heads.Comparison, *how: object) -> object:
+        if len(fitted) == 2:
+            fitted.append("stopped")
+            raise KeyboardInterrupt
+        fitted.append(how)
+        return (yield from network(self, *how))
+
+    monkeypatch.setattr(heads.Comparison, "fit_network", counted)
+    assert main.main([*command, "--out", "stopped"]) == 130
+    assert not Path("stopped/table.csv").exists()
+    assert main.main([*command, "--out", "stopped"]) == 0
+    out = capsys.readouterr().out
+    assert "10 fits, 6 of them done before" in out and len(fitted) == 2 + 1 + 2
+    assert "| 100 %: " in out and "supervised from scratch" in out
+    assert main.main([*command, "--out", "alone"]) == 0
+    tables = [rows_of(f"{name}/table.csv") for name in ("stopped", "alone")]
+    assert len(tables[0]) == 10
+    for row, other in zip(*tables, strict=True):
+        assert {**row, "seconds": ""} == {**other, "seconds": ""}
+    done = len(fitted)
+    assert main.main([*command[:-2], "1", "--out", "alone"]) == 0  # fewer: nothing is fitted again
+    assert len(rows_of("alone/table.csv")) == 5 and len(fitted) == done
+    assert "epochs 1 there, 2 here" in refused(
+        capsys, *command[:5], "--epochs", "2", "--out", "alone"
+    )
+    assert "invalid" in refused(capsys, *command, "--label-fractions", "0")
+
+
+# --- predict, embed ------------------------------------------------------------------------------
+
+
+def test_predict_says_of_files_and_folders_what_the_probe_said(tmp_path, capsys):
+    trained(tmp_path)
+    tested = rows_of("runs/probe-mine/predictions.csv")
+    capsys.readouterr()
+    one = f"scans/{tested[0]['path']}"
+    folder = str(Path("scans", tested[1]["path"]).parent)
+    Path(folder, "broken.png").write_bytes(b"")
+    words = ["predict", "--model", "runs/probe-mine/classifier.pt"]
+    assert main.main([*words, one, folder]) == 0
+    out = capsys.readouterr().out
+    assert "left out, unreadable" in out and "broken.png" in out
+    rows = {row["path"]: row for row in rows_of("runs/predict-mine/predictions.csv")}
+    assert list(rows)[0] == one and all(path.startswith(folder) for path in list(rows)[1:])
+    for row in tested[:2]:
+        found = rows[f"scans/{row['path']}"]
+        assert found["prediction"] == row["prediction"]
+        for name in ("p_sick", "p_well"):
+            assert float(found[name]) == pytest.approx(float(row[name]), abs=1e-5)
+        assert any(row["path"] in line and row["prediction"] in line for line in out.splitlines())
+    assert "not a folder" in refused(capsys, *words, "nowhere.png")
+    assert "no picture can be read" in refused(capsys, *words, f"{folder}/broken.png")
+
+
+def test_embed_writes_the_features_of_every_picture_and_their_map(tmp_path, capsys):
+    plant(tmp_path / "scans")
+    (tmp_path / "scans" / "loose.png").write_bytes(
+        next((tmp_path / "scans").rglob("*.png")).read_bytes()
+    )
+    (tmp_path / "scans" / "broken.png").write_bytes(b"")
+    main.main(["pretrain", "--data", "scans", "--epochs", "0", "--image-size", "32"])
+    assert main.main(["embed", "--data", "scans", "--out", "here/features.npz"]) == 0
+    with np.load("here/features.npz") as file:
+        h, paths, labels = file["features"], file["paths"], file["labels"]
+    assert h.shape == (len(paths), 512) and h.dtype == np.float32
+    assert paths.dtype.kind == labels.dtype.kind == "U"
+    assert len(paths) == len(list((tmp_path / "scans").rglob("*.png"))) - 1
+    for path, label in zip(paths, labels, strict=True):
+        assert label == (path.split("/")[1] if path.startswith("mine/") else "")
+    assert {p.name for p in Path("here").iterdir()} == {"features.npz", "features.png"}
+    encoder, checkpoint = simclr.load_encoder(Path("runs/pretrain/encoder.pt"))
+    pixels = data.fit_square(data.read_gray(tmp_path / "scans" / paths[3]), 32)[None]
+    expected = heads.features_of(encoder, checkpoint, pixels, torch.device("cpu"))
+    assert np.allclose(h[3], expected[0].numpy(), atol=1e-5)
+    assert main.main(["embed", "--data", "scans", "--out", "here/features.npz"]) == 0  # once more
+    assert "ends in .npz" in refused(capsys, "embed", "--data", "scans", "--out", "here/features")
+
+
+# --- what the loss does not say ----------------------------------------------------------------
+
+
+def test_pretraining_looks_at_neighbours_and_warns_of_a_collapse(monkeypatch, capsys):
+    monkeypatch.setattr(main, "KNN_EVERY", 2)
+    assert main.main(["pretrain", "--epochs", "3"]) == 0
+    out = capsys.readouterr().out
+    log = Path("runs/phantoms/pretrain/log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in log]
+    assert ["knn_accuracy" in record for record in records] == [False, True, True]
+    assert f"epoch 3: loss {records[2]['loss']:.3f}, kNN accuracy" in out
+    study = heads.load(None, 32, Path("runs/cache"))
+    encoder, checkpoint = simclr.load_encoder(Path("runs/phantoms/pretrain/encoder.pt"))
+    how = study.pictures, study.task("tumor"), torch.device("cpu"), False
+    again = heads.knn_accuracy(encoder, checkpoint, *how)
+    assert again == pytest.approx(records[2]["knn_accuracy"], abs=0.1)
+    assert "collapsed" not in out
+    run = simclr.pretraining(
+        encoder, simclr.Pretraining(batch_size=16), 16, torch.device("cpu"), False
+    )
+    args = main.build_parser().parse_args(["pretrain"])
+    record = {"epoch": 1, "loss": 3.43, "embedding_std": 0.001}
+    main.look_at_epoch(args, run, study, record)
+    assert "have collapsed" in capsys.readouterr().out
+    main.look_at_epoch(args, run, study, record | {"embedding_std": 0.08})
+    assert capsys.readouterr().out == ""
 
 
 # --- evaluate ----------------------------------------------------------------------------------

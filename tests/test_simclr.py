@@ -163,7 +163,7 @@ def test_cosine_lr_matches_torch_scheduler():
 
 
 def test_weight_decay_spares_biases_and_norms():
-    optimizer = simclr.adamw(simclr.resnet18(), lr=1e-3, weight_decay=0.1)
+    optimizer = simclr.adamw(simclr.resnet18(), weight_decay=0.1)
     decayed, spared = optimizer.param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert all(p.ndim == 4 for p in decayed["params"])
@@ -184,7 +184,7 @@ def start(images: np.ndarray, **settings: object) -> simclr.Run:
     """A run that has not begun; as many slices a batch as there are images, unless it is said."""
     settings = simclr.Pretraining(**{"batch_size": len(images), "epochs": 2} | settings)
     torch.manual_seed(settings.seed)
-    return simclr.Run("resnet18", settings, CPU, bf16=False)
+    return simclr.pretraining(simclr.resnet18(), settings, len(images), CPU, bf16=False)
 
 
 def finish(run: simclr.Run, images: np.ndarray) -> list[dict]:
@@ -221,7 +221,7 @@ def test_pretraining_lowers_loss_on_a_tiny_batch():
 def test_pretraining_repeats_to_the_bit_and_listens_to_the_seed():
     # a step draws from its own generator, whatever others draw
     runs = tiny_run(), tiny_run(noise=5), tiny_run(seed=1)
-    first, again, other = (run.networks[0].conv1.weight for run in runs)
+    first, again, other = (run.networks["encoder"].conv1.weight for run in runs)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -239,6 +239,51 @@ def test_encoder_checkpoint_survives_the_round_trip_and_names_what_is_wrong(tmp_
         simclr.load_encoder(path)
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_torchvisions_weights_begin_a_run_and_gray_pictures_feel_no_difference(arch, tmp_path):
+    """A file of theirs, with its `fc` and its three colours: --init takes it as it is."""
+    reason = "torchvision is the oracle here, and it does not import"
+    models = pytest.importorskip("torchvision.models", reason=reason)
+    torch.manual_seed(0)
+    theirs = getattr(models, arch)().eval()
+    path = tmp_path / "theirs.pth"
+    torch.save(theirs.state_dict(), path)
+    ours, *scaling = simclr.init_encoder(arch, str(path))
+    theirs.fc = torch.nn.Identity()
+    gray = torch.randn(2, 1, 64, 64)
+    expected = theirs(gray.expand(-1, 3, -1, -1))
+    assert torch.allclose(ours.eval()(gray), expected, atol=1e-4 * expected.abs().max())
+    # the mean over torchvision's three, as gray pictures have no colour
+    mean, std = (np.mean(x) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert scaling == pytest.approx([mean, std], abs=1e-3)
+
+
+def test_imagenet_weights_come_from_where_torchvision_keeps_them(tmp_path, monkeypatch):
+    """Its download is its own: a stand-in lies where it would leave the file."""
+    reason = "torchvision fetches these weights, and it does not import"
+    models = pytest.importorskip("torchvision.models", reason=reason)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = tmp_path / "hub/checkpoints" / models.ResNet18_Weights.DEFAULT.url.split("/")[-1]
+    place.parent.mkdir(parents=True)
+    torch.save(models.resnet18().state_dict(), place)
+    encoder, _, _ = simclr.init_encoder("resnet18", "imagenet")
+    expected = torch.load(place)["conv1.weight"].sum(dim=1, keepdim=True)
+    assert torch.equal(encoder.conv1.weight, expected)
+
+
+def test_first_weights_that_do_not_fit_are_refused(tmp_path):
+    """One of our own encoders has seen pictures, which would be forgotten: --encoder takes it."""
+    path = tmp_path / "a.pth"
+    torch.save({"encoder": simclr.resnet18().state_dict(), "arch": "resnet18"}, path)
+    with pytest.raises(data.UserError, match="--encoder takes it"):
+        simclr.init_encoder("resnet18", str(path))
+    torch.save(simclr.resnet18(in_channels=3).state_dict(), path)
+    with pytest.raises(data.UserError, match="no weights of a resnet50"):
+        simclr.init_encoder("resnet50", str(path))
+    with pytest.raises(data.UserError, match="nowhere"):
+        simclr.init_encoder("resnet18", "nowhere.pth")
+
+
 CONFIG = {"arch": "resnet18", "image_size": 32, "mean": 0.5, "std": 0.5}
 
 
@@ -246,7 +291,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     """The loss of the last step is checked before the weights that it makes."""
     run = start(drawn(2))
     with torch.no_grad():
-        run.networks[0].conv1.weight[0, 0, 0, 0] = torch.nan
+        run.networks["encoder"].conv1.weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(data.UserError, match="no finite numbers after step 0 of epoch 1"):
         simclr.save_run(run, tmp_path, CONFIG, torch.zeros(0, 16))
     assert not list(tmp_path.iterdir())
@@ -255,12 +300,13 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
 # --- chunks ------------------------------------------------------------------------------------
 
 
-def small_networks() -> torch.nn.ModuleList:
+def small_networks() -> torch.nn.ModuleDict:
     torch.manual_seed(0)
-    return torch.nn.ModuleList([simclr.resnet18(), simclr.ProjectionHead(512)]).double()
+    networks = {"encoder": simclr.resnet18(), "projection_head": simclr.ProjectionHead(512)}
+    return torch.nn.ModuleDict(networks).double()
 
 
-def gradients(networks: torch.nn.ModuleList) -> list[torch.Tensor]:
+def gradients(networks: torch.nn.Module) -> list[torch.Tensor]:
     return [p.grad for p in networks.parameters()]
 
 
