@@ -439,14 +439,14 @@ def baselines(
     progress: Callable,
     device: torch.device,
     bf16: bool,
-) -> dict[str, np.ndarray]:
+) -> dict[str, dict[str, np.ndarray]]:
     """What the same head makes of two representations that have learnt nothing.
 
     Args:
         checkpoint: of the encoder that they are set beside.
 
     Returns:
-        by name, probabilities (N, K) of the test part.
+        by name, probabilities (m, K) of the val part and the test part.
     """
     encoder, found = untrained(checkpoint["arch"], settings.seed), {}
     pixels = torch.from_numpy(pictures.thumbnails[task.rows]).flatten(1)  # (n, 1024)
@@ -455,7 +455,7 @@ def baselines(
     features["raw 32x32 pixels"] = pixels.float() / 127.5 - 1
     for name, h in features.items():
         shown = partial(progress, desc=f"head, {name}")
-        found[name] = fit_probe(h, task, settings, head_type, shown)[2]["test"]
+        found[name] = fit_probe(h, task, settings, head_type, shown)[2]
     return found
 
 

@@ -438,6 +438,7 @@ class Trial(NamedTuple):
     task: heads.Task
     leaked: list[str]  # test pictures that the encoder has seen
     values: dict  # for config.json
+    scaling: dict  # the encoder's mean and std
 
 
 def prepare(args: argparse.Namespace, name: str, init: str | None = None) -> Trial:
@@ -467,7 +468,8 @@ def prepare(args: argparse.Namespace, name: str, init: str | None = None) -> Tri
     values |= {"task": task.name, "leaked": bool(leaked), "pretraining_epoch": checkpoint["epoch"]}
     values |= {key: checkpoint[key] for key in ("arch", "image_size")}
     print(f"{args.command} {task.name} with {origin}, on {machine.text}")
-    return Trial(out, machine, encoder, checkpoint, study, task, leaked, values)
+    scaling = {key: checkpoint[key] for key in ("mean", "std")}
+    return Trial(out, machine, encoder, checkpoint, study, task, leaked, values, scaling)
 
 
 def probe(args: argparse.Namespace) -> None:
@@ -479,8 +481,8 @@ def probe(args: argparse.Namespace) -> None:
     h = heads.features_of(trial.encoder, trial.checkpoint, images, *trial.machine[:2])
     progress = partial(progress_bar, total=args.epochs, unit="epoch", leave=False)
     head, records, probs = heads.fit_probe(h, trial.task, settings, "cosine_mlp", progress)
-    result = {"pretrained encoder": probs["test"]}
-    finish_classifier(args, trial, config, head, "cosine_mlp", records, probs["val"], result)
+    fitted = {"pretrained encoder": probs}
+    finish_classifier(args, trial, config, head, "cosine_mlp", settings, records, fitted)
 
 
 def finetune(args: argparse.Namespace) -> None:
@@ -488,14 +490,12 @@ def finetune(args: argparse.Namespace) -> None:
     ways = {"--encoder": args.encoder, "--init": args.init, "--from-scratch": args.from_scratch}
     if len(given := [name for name, value in ways.items() if value]) > 1:
         raise data.UserError(f"{' and '.join(given)} say where to begin; give one of them")
-    trial = prepare(
-        args, *(("scratch", "random") if args.from_scratch else ("finetune", args.init))
-    )
-    out, machine, encoder, checkpoint, study, task, *_ = trial
-    lrs = (
-        (args.lr,) if args.lr else heads.SCRATCH_LRS if args.from_scratch else heads.FineTuning.lrs
-    )
-    scaling = {key: checkpoint[key] for key in ("mean", "std")}
+    name, lrs = "finetune", heads.FineTuning.lrs
+    if args.from_scratch:
+        name, lrs, args.init = "scratch", heads.SCRATCH_LRS, "random"
+    trial = prepare(args, name, args.init)
+    out, machine, encoder, checkpoint, study, task, *_, scaling = trial
+    lrs = (args.lr,) if args.lr else lrs
     settings = heads.FineTuning(args.epochs, lrs=lrs, seed=args.seed, **scaling)
     config = run_config(args, study, machine, settings, **trial.values)
     of, pictures, labels = heads.parts_of(task), study.pictures, torch.from_numpy(task.labels)
@@ -513,10 +513,10 @@ def finetune(args: argparse.Namespace) -> None:
         head, images = run.networks["head"].cpu(), pictures.squares(task.rows)
         h = {p: heads.features_of(encoder, checkpoint, images[of[p]], *machine[:2]) for p in of}
         probs = {p: heads.probabilities(head, h[p]).numpy() for p in ("val", "test")}
-        name = "from scratch" if args.from_scratch else "fine-tuned network"
         checkpoint["encoder"] = {k: v.cpu() for k, v in encoder.state_dict().items()}
-        result = {name: probs["test"]}
-        finish_classifier(args, trial, config, head, "linear", run.records, probs["val"], result)
+        fitted = {"from scratch" if args.from_scratch else "fine-tuned network": probs}
+        how = heads.Probing(seed=args.seed), run.records, fitted
+        finish_classifier(args, trial, config, head, "linear", *how)
 
 
 def finish_classifier(
@@ -525,24 +525,25 @@ def finish_classifier(
     config: dict,
     head: nn.Module,
     head_type: str,
+    probing: heads.Probing,
     records: list[dict],
-    val_probs: np.ndarray,
-    result: dict[str, np.ndarray],
+    fitted: dict[str, dict[str, np.ndarray]],
 ) -> None:
     """Set a result beside its baselines; write classifier.pt and what belongs to it.
 
     Args:
+        probing: how the baselines are trained: the same head, on what has learnt nothing.
         records: of the training's epochs.
-        val_probs: of the val part, to which the temperature is fitted.
-        result: by name, the probabilities of the test part.
+        fitted: the result's name, and its probabilities of the val part and the test part.
     """
-    out, machine, _, checkpoint, study, task, leaked, _ = trial
-    progress = partial(progress_bar, total=heads.Probing.epochs, unit="epoch", leave=False)
-    how = heads.Probing(seed=args.seed), head_type, progress, *machine[:2]
-    result |= heads.baselines(checkpoint, study.pictures, task, *how)
+    out, machine, _, checkpoint, study, task, leaked, *_ = trial
+    progress = partial(progress_bar, total=probing.epochs, unit="epoch", leave=False)
+    how = probing, head_type, progress, *machine[:2]
+    fitted = fitted | heads.baselines(checkpoint, study.pictures, task, *how)
     test = heads.test_part(study, task)
-    results = {name: test.measure(probs) for name, probs in result.items()}
-    temperature = evaluate.fit_temperature(task.part("val")[1], val_probs)
+    results = {name: test.measure(probs["test"]) for name, probs in fitted.items()}
+    probs = next(iter(fitted.values()))
+    temperature = evaluate.fit_temperature(task.part("val")[1], probs["val"])
     values = {"config": config, "temperature": temperature}
     heads.save_classifier(out / "classifier.pt", checkpoint, head, head_type, study, task, **values)
     caption = evaluate.leak_caption(leaked)
@@ -550,8 +551,8 @@ def finish_classifier(
     files |= {"splits.csv": heads.split_table(study, task)}
     title = f"{args.command} of {task.name}"
     files |= {"curve.png": evaluate.training_picture(records, title, caption)}
-    probs = next(iter(result.values()))
-    files |= evaluate.result_files(test, probs, results, task.notes, temperature, caption)
+    how = results, task.notes, temperature, caption
+    files |= evaluate.result_files(test, probs["test"], *how)
     later = [name for name in sorted(study.tasks) if name > task.name]
     flags = data_flags(args) + (["--encoder", str(args.encoder)] if args.encoder else [])
     following = ["evaluate", *data_flags(args), "--model", str(out / "classifier.pt")]
@@ -562,8 +563,7 @@ def finish_classifier(
 def compare(args: argparse.Namespace) -> None:
     """Compare pretraining with training from scratch on the same few labels; leaves table.md."""
     trial = prepare(args, "compare")
-    out, machine, encoder, checkpoint, study, task, leaked, values = trial
-    scaling = {key: checkpoint[key] for key in ("mean", "std")}
+    out, machine, encoder, checkpoint, study, task, leaked, values, scaling = trial
     settings = heads.FineTuning(args.epochs, **scaling)
     config = run_config(args, study, machine, settings, **values)
     fractions, methods = sorted(set(args.label_fractions)), evaluate.METHODS
@@ -582,21 +582,18 @@ def compare(args: argparse.Namespace) -> None:
                     bar.update()
                 else:
                     cells[cell["fraction"], cell["seed"], cell["method"]] = cell
-                    simclr.save(
-                        {"config": config, "cells": [*cells.values()]}, out / "checkpoint.pt"
-                    )
+                    state = {"config": config, "cells": [*cells.values()]}
+                    simclr.save(state, out / "checkpoint.pt")
                     bar.set_postfix_str(f"{len(cells)} of {len(plan)} fits")
-    counts = {part: (task.split == part).sum() for part in evaluate.PARTS}
+    test, caption = heads.test_part(study, task), evaluate.leak_caption(leaked)
     about = (
-        f"{task.name}: {counts['test']:,} test pictures of {len(set(task.part('test')[2])):,} "
-        f"groups; the {counts['val']:,} val pictures choose epoch and learning rate for every "
-        f"method. {args.seeds} seeds, mean ± sd; 95 % intervals of that mean from resampling test "
-        f"groups. Fine-tuning: {args.epochs} epochs; from scratch that for each of "
-        f"{', '.join(f'{lr:g}' for lr in heads.SCRATCH_LRS)}. On {machine.text}."
-        + f" {evaluate.leak_caption(leaked)}"
-        * bool(leaked)
+        f"{task.name}: {len(test.labels):,} test pictures of {len(set(test.groups)):,} groups; the "
+        f"same {(task.split == 'val').sum():,} val pictures choose epoch and learning rate for all "
+        f"methods. {args.seeds} seeds (of labels, heads and order; one encoder), mean ± sd, and the "
+        f"95 % interval of that mean from resampling test groups. Fine-tuning: {args.epochs} "
+        f"epochs; from scratch as many for each learning rate of {heads.SCRATCH_LRS}, and their "
+        f"seconds together. On {machine.text}. {caption}"
     )
-    test = heads.test_part(study, task)
     files = evaluate.compare_files([cells[fit] for fit in plan], test, about)
     print(files["table.md"])
     conclude(out, files)

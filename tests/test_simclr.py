@@ -359,7 +359,7 @@ def test_in_training_chunks_have_their_own_batch_norm_and_move_its_statistics_on
         assert (theirs - mine).abs().max() < 1e-12 * max(1, theirs.abs().max())
     for theirs, mine in zip(slow.buffers(), chunked.buffers(), strict=True):
         assert torch.equal(theirs, mine)
-    assert int(chunked[0].bn1.num_batches_tracked) == 3
+    assert int(chunked["encoder"].bn1.num_batches_tracked) == 3
 
 
 def test_a_run_in_chunks_sees_the_same_views_and_learns():
