@@ -589,8 +589,8 @@ def compare(args: argparse.Namespace) -> None:
     about = (
         f"{task.name}: {len(test.labels):,} test pictures of {len(set(test.groups)):,} groups; the "
         f"same {(task.split == 'val').sum():,} val pictures choose epoch and learning rate for all "
-        f"methods. {args.seeds} seeds (of labels, heads and order; one encoder), mean ± sd, and the "
-        f"95 % interval of that mean from resampling test groups. Fine-tuning: {args.epochs} "
+        f"methods. {args.seeds} seeds (of labels, heads and order; one encoder), mean ± sd, and "
+        f"the 95 % interval of that mean from resampling test groups. Fine-tuning: {args.epochs} "
         f"epochs; from scratch as many for each learning rate of {heads.SCRATCH_LRS}, and their "
         f"seconds together. On {machine.text}. {caption}"
     )
