@@ -627,40 +627,34 @@ def chart(panels: Sequence[Panel], title: str, caption: str = "") -> Image.Image
     Args:
         caption: a warning printed in red below.
     """
-    wide, high, aside = 300, 220, 170
+    wide, high, aside, top = 300, 220, 170, 74
     image, draw = page(70 + len(panels) * (wide + aside), high + 130, title, caption)
     for i, panel in enumerate(panels):
-        left, top = 60 + i * (wide + aside), 74
+        left, bottom = 60 + i * (wide + aside), top + high
         found = [point for lines in panel.lines.values() for line in lines for point in line]
         points = np.array(found or [(0, 0), (1, 1)], float)  # (m, 2)
-        (x_low, y_low), (x_high, y_high) = points.min(axis=0), points.max(axis=0)
-        y_marks = ticks(y_low, y_high)
-        names = panel.names or {m: f"{m:.4g}" for m in ticks(x_low, x_high)}
-        y_low, y_rise, x_rise = y_marks[0], max(np.ptp(y_marks), 1e-9), max(x_high - x_low, 1e-9)
-
-        def place(
-            x: float, y: float, at: tuple = (left, top, x_low, x_rise, y_low, y_rise)
-        ) -> tuple:
-            """Where a point of the panel lies, in page units."""
-            left, top, x_low, x_rise, y_low, y_rise = at
-            return left + wide * (x - x_low) / x_rise, top + high * (1 - (y - y_low) / y_rise)
-
+        low, end = points.min(axis=0), points.max(axis=0)  # (2,) each: x, y
+        marks = ticks(low[1], end[1])
+        names = panel.names or {mark: f"{mark:.4g}" for mark in ticks(low[0], end[0])}
+        low[1], end[1] = marks[0], marks[-1]
+        unit = (wide, -high) / np.maximum(end - low, 1e-9)  # (2,) on the page; y runs down there
         write(draw, (left, top - 26), panel.quantity, 12, MUTED)
-        write(draw, (left + wide / 2, top + high + 30), panel.across, 10, MUTED, "mm")
-        for mark in y_marks:
-            _, y = place(x_low, mark)
+        write(draw, (left + wide / 2, bottom + 30), panel.across, 10, MUTED, "mm")
+        for mark in marks:
+            y = bottom + (mark - low[1]) * unit[1]
             draw.line((left * SCALE, y * SCALE, (left + wide) * SCALE, y * SCALE), GRID, SCALE)
             write(draw, (left - 6, y), f"{mark:.4g}", 10, MUTED, "rm")
-        for mark, name in names.items():
-            if x_low <= mark <= x_high:
-                write(draw, (place(mark, y_low)[0], top + high + 12), name, 10, MUTED, "mm")
+        for mark in [mark for mark in names if low[0] <= mark <= end[0]]:
+            write(
+                draw, (left + (mark - low[0]) * unit[0], bottom + 12), names[mark], 10, MUTED, "mm"
+            )
         for k, (name, lines) in enumerate(panel.lines.items()):
             color = LINES[k] if k < len(LINES) else f"hsl({k * 137 % 360}, 65%, 45%)"
             for line in lines:
-                spots = [(x * SCALE, y * SCALE) for x, y in (place(*point) for point in line)]
-                draw.line(spots, color, 2 * SCALE, joint="curve")
-                for x, y in spots if len(spots) == 1 else ():
-                    draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=color)
+                spots = ((left, bottom) + (np.reshape(line, (-1, 2)) - low) * unit) * SCALE
+                draw.line([tuple(spot) for spot in spots], color, 2 * SCALE, joint="curve")
+                if len(spots) == 1:
+                    draw.ellipse((*(spots[0] - 4), *(spots[0] + 4)), fill=color)
             if len(panel.lines) > 1:
                 write(draw, (left + wide + 10, top + 15 * k), name[:28], 11, color)
     return image

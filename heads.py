@@ -369,7 +369,7 @@ def probabilities(head: nn.Module, features: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def features_of(
     encoder: simclr.ResNet,
     checkpoint: dict,
