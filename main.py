@@ -45,7 +45,6 @@ import simclr
 
 RUNS = Path("runs")
 PUBLISHED = {"image_size": 128, "arch": "resnet18"} | asdict(simclr.Pretraining())
-ASKED_LATER = ("image_size", "arch", "batch_size", "epochs")
 # On the phantoms a command takes minutes on a laptop; these settings, and no others, differ there.
 PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 32, "epochs": 12}
 KNN_EVERY = 5  # epochs of a pretraining between two looks at what the features know
@@ -650,12 +649,9 @@ def predict(args: argparse.Namespace) -> None:
     probs = heads.classify(encoder, head, checkpoint, images, classes, *machine[:2])
     table = evaluate.prediction_table([pictures.paths[row] for row in rows], probs, classes)
     wide = max(len(path) for path, *_ in table)
-    for path, called, *shares in table:
-        shown = [share if share.startswith("p_") else f"{float(share):.4f}" for share in shares]
-        print(
-            f"{path:{wide}}  {called:>12}"
-            + "".join(f"{share:>{8 + len(share) // 8 * 4}}" for share in shown)
-        )
+    for path, called, *shares in table:  # the header, and then pictures, to four digits
+        shown = shares if path == "path" else [f"{float(share):.4f}" for share in shares]
+        print(f"{path:{wide}}  {called:>12}", *(f"{share:>14}" for share in shown))
     config = {"command": "predict", "model": str(args.model.resolve()), "device": machine.text}
     conclude(out, {"predictions.csv": table, "config.json": config})
 
@@ -674,13 +670,11 @@ def embed(args: argparse.Namespace) -> None:
     pictures = study.pictures
     rows = np.setdiff1d(np.arange(len(pictures.paths)), list(pictures.unreadable))
     h = heads.features_of(encoder, checkpoint, pictures.squares(rows), *machine[:2]).numpy()
-    called = {
-        r: task.classes[k]
-        for task in study.tasks.values()
-        for r, k in zip(task.rows, task.labels, strict=True)
-    }
-    labels = [called.get(row, "") for row in rows]
-    features = {"features": h, "paths": [pictures.paths[row] for row in rows], "labels": labels}
+    labels = np.full(len(pictures.paths), "", object)  # (n,), '' = of no class
+    for task in study.tasks.values():
+        labels[task.rows] = np.array(task.classes)[task.labels]
+    paths, labels = np.array(pictures.paths)[rows], labels[rows].astype(str)
+    features = {"features": h, "paths": paths, "labels": labels}
     picture = evaluate.map_picture(h, labels)
     conclude(out, {place.name: features, f"{place.stem}.png": picture})
 
@@ -706,25 +700,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if plain else super()._get_help_string(action)
 
 
-def number(kind: type, low: float) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = sys.float_info.max) -> Callable[[str], float]:
     """An argparse type: a finite number of a kind, from `low` up."""
 
     def read(text: str) -> float:
         """The number in `text`."""
         value = kind(text)
-        if not low <= value < float("inf"):
+        if not low <= value <= high:
             raise ValueError
         return value
 
     read.__name__ = f"{'whole ' * (kind is int)}number from {low} up"  # argparse prints it
     return read
-
-
-def fraction(text: str) -> float:
-    """An argparse type: a share above 0, up to 1."""
-    if not 0 < float(text) <= 1:
-        raise ValueError
-    return float(text)
 
 
 def pattern(text: str) -> re.Pattern:
@@ -785,11 +772,11 @@ def declare_data_flags(flag: Callable) -> None:
     """The flags that say what is read and written, each declared once for all its commands."""
     part, trials = partial(flag, "data and output"), "probe finetune compare"
     part("predict", "paths", type=Path, nargs="+", help="pictures, volumes, shards, and folders")
-    reading = f"data pretrain {trials} evaluate embed"
+    reading = f"data pretrain {trials} evaluate"
     text = "folder of scans: <task>/<class>/ or <task>/Training/<class>/ below it; else phantoms"
-    part(reading, "--data", type=Path, help=text)
+    part(f"{reading} embed", "--data", type=Path, help=text)
     text = "folder of this run (of embed: the file); one below runs/ where not given"
-    part(f"{reading} predict", "--out", type=Path, help=text)
+    part(f"{reading} embed predict", "--out", type=Path, help=text)
     text = "searched in each path below --data; its first (group) is the patient"
     part(reading, "--group-pattern", type=pattern, metavar="REGEX", help=text)
     text = "pool the publisher's own training and test parts, and split them anew by group"
@@ -820,7 +807,7 @@ def declare_data_flags(flag: Callable) -> None:
 
 def declare_training_flags(flag: Callable) -> None:
     """The flags that say how and on what to train."""
-    part = partial(flag, "optimisation")
+    part, positive = partial(flag, "optimisation"), number(float, 1e-12)
     text = text_of("batch_size", "slices a step; more negatives, more memory")
     part("pretrain", "--batch-size", type=number(int, 2), help=text)
     text = "slices in memory at once, for a larger batch; the loss still is over the whole batch"
@@ -834,22 +821,22 @@ def declare_training_flags(flag: Callable) -> None:
     part("finetune compare", "--epochs", type=number(int, 1), help=text)
     text = f"highest learning rate (default: {heads.FineTuning.lrs[0]:g}; from scratch the best "
     text += f"on val of {', '.join(f'{lr:g}' for lr in heads.SCRATCH_LRS)})"
-    part("finetune", "--lr", type=number(float, 1e-12), help=text)
+    part("finetune", "--lr", type=positive, help=text)
     text = "shares of the training groups whose labels are used"
-    share = {"type": fraction, "nargs": "+", "default": [0.01, 0.1, 1.0], "metavar": "SHARE"}
+    share = {
+        "type": number(float, 1e-12, 1),
+        "nargs": "+",
+        "default": [0.01, 0.1, 1.0],
+        "metavar": "SHARE",
+    }
     part("compare", "--label-fractions", **share, help=text)
     text = "how often each is fitted, each time on other groups and from other weights"
     part("compare", "--seeds", type=number(int, 1), default=3, help=text)
     text = "learning rate at the start; halve it if the loss turns NaN"
-    part("pretrain", "--lr", type=number(float, 1e-12), default=PUBLISHED["lr"], help=text)
+    part("pretrain", "--lr", type=positive, default=PUBLISHED["lr"], help=text)
     text = "softmax scale of NT-Xent in cosine units; lower stresses the hardest negatives"
-    part(
-        "pretrain",
-        "--temperature",
-        type=number(float, 1e-12),
-        default=PUBLISHED["temperature"],
-        help=text,
-    )
+    tau = PUBLISHED["temperature"]
+    part("pretrain", "--temperature", type=positive, default=tau, help=text)
     text = "begin anew, and replace what --out holds, where the same command would go on"
     part("pretrain finetune compare", "--restart", action="store_true", help=text)
     text = "moves first weights, order, views and dropout, never the split"
@@ -873,12 +860,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "finetune" and not (args.from_scratch or args.init):
             if args.image_size or args.arch:
                 raise data.UserError("--arch and --image-size are those of the encoder; leave them")
-        published = (
-            PUBLISHED if args.command == "pretrain" else PUBLISHED | vars(heads.FineTuning())
-        )
-        for name, value in (published if args.data else published | PHANTOM_DEFAULTS).items():
-            if name in ASKED_LATER and getattr(args, name, 0) is None:
-                setattr(args, name, value)
+        defaults = PUBLISHED | (PHANTOM_DEFAULTS if args.data is None else {})
+        if args.data and args.command != "pretrain":
+            defaults["epochs"] = heads.FineTuning.epochs
+        for name in ("image_size", "arch", "batch_size", "epochs"):
+            if getattr(args, name, 0) is None:
+                setattr(args, name, defaults[name])
         args.run(args)
     except data.UserError as error:
         if not RANK:
