@@ -1221,6 +1221,8 @@ def load_files(
     """
     parts: dict[tuple[str, int], str] = {}
     for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} is not there; give pictures, volumes, shards or folders")
         if path.is_file():
             parts |= {(str(path), k): stamp(str(path)) for k in row_groups(str(path))}
         else:

@@ -278,9 +278,12 @@ def resample(groups: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]
 def mean_interval(values: np.ndarray, groups: np.ndarray) -> list[float]:
     """95 % interval of the mean of `values` (N,), one for each picture, over resampled groups.
 
-    For a paired difference, `values` are the differences picture by picture.
+    For a paired difference, `values` are the differences picture by picture. A single group has no
+    spread to show: NaN.
     """
     drawn, member = resample(groups)
+    if drawn.shape[1] < 2:
+        return [np.nan, np.nan]
     sums, sizes = np.bincount(member, values), np.bincount(member)  # (G,)
     return np.quantile(drawn @ sums / (drawn @ sizes), [0.025, 0.975]).tolist()
 
@@ -361,11 +364,14 @@ def nearest_neighbours(
     known, asked = (
         x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for x in (known, asked)
     )
-    cosine = asked @ known.T  # (N, n)
-    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :KNN_NEIGHBOURS]  # (N, k)
-    weights = np.exp((np.take_along_axis(cosine, nearest, axis=1) - 1) / KNN_TEMPERATURE)
-    votes = np.einsum("nk,nkc->nc", weights, np.eye(num_classes)[labels[nearest]])  # (N, K)
-    return votes / votes.sum(axis=1, keepdims=True)
+    k, shares = min(KNN_NEIGHBOURS, len(known)), [np.zeros((0, num_classes))]
+    for some in np.array_split(asked, 1 + len(asked) * len(known) // 20_000_000):  # 160 MB at once
+        cosine = some @ known.T  # (m, n)
+        nearest = np.argpartition(-cosine, k - 1, axis=1)[:, :k]  # (m, k)
+        weights = np.exp((np.take_along_axis(cosine, nearest, axis=1) - 1) / KNN_TEMPERATURE)
+        votes = np.einsum("mk,mkc->mc", weights, np.eye(num_classes)[labels[nearest]])  # (m, K)
+        shares.append(votes / votes.sum(axis=1, keepdims=True))
+    return np.concatenate(shares)
 
 
 def principal_components(features: np.ndarray) -> np.ndarray:
@@ -634,9 +640,12 @@ def chart(panels: Sequence[Panel], title: str, caption: str = "") -> Image.Image
         found = [point for lines in panel.lines.values() for line in lines for point in line]
         points = np.array(found or [(0, 0), (1, 1)], float)  # (m, 2)
         low, end = points.min(axis=0), points.max(axis=0)  # (2,) each: x, y
+        whole = not (points[:, 0] % 1).any()  # such as epochs
         marks = ticks(low[1], end[1])
-        names = panel.names or {mark: f"{mark:.4g}" for mark in ticks(low[0], end[0])}
-        low[1], end[1] = marks[0], marks[-1]
+        across = [mark for mark in ticks(low[0], end[0]) if not (whole and mark % 1)]
+        names = panel.names or {mark: f"{mark:.4g}" for mark in across}
+        margin = 0.03 * (end[0] - low[0]) or 0.5
+        low, end = np.array([(low[0] - margin, marks[0]), (end[0] + margin, marks[-1])])
         unit = (wide, -high) / np.maximum(end - low, 1e-9)  # (2,) on the page; y runs down there
         write(draw, (left, top - 26), panel.quantity, 12, MUTED)
         write(draw, (left + wide / 2, bottom + 30), panel.across, 10, MUTED, "mm")
@@ -677,10 +686,15 @@ def pretraining_picture(records: list[dict]) -> Image.Image:
 
 def training_picture(records: list[dict], title: str, caption: str) -> Image.Image:
     """curve.png of a classifier's training, from the records of its epochs."""
-    scored = [r for r in records if r["val_loss"] is not None]
-    losses = {"train": over_epochs([r["train_loss"] for r in records])}
-    losses |= {"val": over_epochs([r["val_loss"] for r in scored])}
-    accuracy = {"val": over_epochs([r["val_accuracy"] for r in scored])}
+    losses, accuracy = {}, {}
+    rates = list(dict.fromkeys(r.get("peak_lr") for r in records))  # that were tried, or None
+    for rate in rates:
+        some = [r for r in records if r.get("peak_lr") == rate]
+        name = f" {rate:g}" if len(rates) > 1 else ""
+        losses[f"train{name}"] = [[(r["epoch"], r["train_loss"]) for r in some]]
+        scored = [r for r in some if r["val_loss"] is not None]
+        losses[f"val{name}"] = [[(r["epoch"], r["val_loss"]) for r in scored]]
+        accuracy[f"val{name}"] = [[(r["epoch"], r["val_accuracy"]) for r in scored]]
     panels = [Panel("cross-entropy (nats)", "epoch", losses)]
     return chart([*panels, Panel("val accuracy", "epoch", accuracy)], title, caption)
 
@@ -699,7 +713,7 @@ def roc_curve(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
 
 def roc_picture(test: TestPart, probs: np.ndarray, caption: str) -> Image.Image:
     """roc.png: for each class, how many of it are found against how many others with them."""
-    lines = {}
+    lines = {"chance 0.500": [[(0, 0), (1, 1)]]}
     for k, name in enumerate(test.classes):
         there = test.labels == k
         if 0 < there.sum() < len(there):
@@ -855,7 +869,7 @@ COLUMNS = ("method", "fraction", "seed", "groups", "pictures", "parameters", "se
 SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
 
 
-def compare_files(cells: list[dict], test: TestPart, about: str) -> dict[str, object]:
+def compare_files(cells: list[dict], test: TestPart, about: str, caption: str) -> dict[str, object]:
     """The files of a comparison: table.csv, a row for each fit; table.md; label_efficiency.png.
 
     An interval is that of the mean over seeds, from resampling the test part's groups. A difference
@@ -864,12 +878,19 @@ def compare_files(cells: list[dict], test: TestPart, about: str) -> dict[str, ob
     Args:
         cells: as `heads.Comparison.fit` yields them, of all METHODS.
         about: on the data, the split and the settings; it stands above the table.
+        caption: `leak_caption`, for all three.
     """
     measured = [classification_metrics(test.labels, np.array(c["probs"])) for c in cells]
     rows = [(c, m) for c, m in zip(cells, measured, strict=True)]
     rows = [(*(c[k] for k in COLUMNS), *(m[k] for k in SCORES)) for c, m in rows]
     header = ("labels", "method", "accuracy", "minus scratch", "trained parameters", "seconds")
-    lines = [about, "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    lines = [
+        about,
+        *(["", caption] if caption else []),
+        "",
+        "| " + " | ".join(header) + " |",
+        "|---" * len(header) + "|",
+    ]
     drawn: dict[str, list] = {name: [[]] for name in METHODS.values()}
     names = {}
     for x, fraction in enumerate(sorted({cell["fraction"] for cell in cells})):
@@ -898,9 +919,9 @@ def compare_files(cells: list[dict], test: TestPart, about: str) -> dict[str, ob
             drawn[name] += [[(beside, mean)], [(beside, low), (beside, high)]]
     panel = Panel("test accuracy, 95 % interval", "labelled groups in training", drawn, names)
     return {
-        "table.csv": [(*COLUMNS, *SCORES), *rows],
+        "table.csv": [(*COLUMNS, *SCORES, "leaked"), *((*row, caption) for row in rows)],
         "table.md": "\n".join(lines) + "\n",
-        "label_efficiency.png": chart([panel], f"{test.task}: what labels are worth"),
+        "label_efficiency.png": chart([panel], f"{test.task}: what labels are worth", caption),
     }
 
 

@@ -526,7 +526,8 @@ def fine_tuning(
     torch.manual_seed(settings.seed)
     networks = {"encoder": encoder, "head": nn.Linear(encoder.feature_dim, num_classes)}
     steps = max(LEAST_STEPS, -(-n // settings.batch_size))
-    run = simclr.Run(networks, settings, settings.epochs * len(settings.lrs), steps, device, bf16)
+    epochs, batch = settings.epochs * len(settings.lrs), min(settings.batch_size, n)
+    run = simclr.Run(networks, settings, epochs, steps, batch, device, bf16)
     run.first = copy.deepcopy(run.networks.state_dict())  # with which each learning rate begins
     return run
 
@@ -551,7 +552,7 @@ def finetune(
         train_loss (nats, of augmented pictures), val_loss, val_accuracy (None without val)...
     """
     settings, networks, (rows, labels) = run.settings, run.networks, train
-    size, steps = min(settings.batch_size, len(rows)), settings.epochs * run.steps
+    size, steps = run.batch, settings.epochs * run.steps
     run.since = time.perf_counter()
     while not run.finished:
         epoch = len(run.records) + 1

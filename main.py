@@ -1,8 +1,8 @@
 """The commands: look at the data, pretrain an encoder, train classifiers on it, compare, use them.
 
 This file only wires: it parses, seeds, chooses the device and the paths, and prints. What is
-computed stands in data.py (pictures, groups, splits, views), simclr.py (encoder, loss,
-pretraining), evaluate.py (the numbers) and heads.py (the classifiers), to be read in this order.
+computed stands in data.py (pictures, groups, views), simclr.py (encoder, loss, pretraining),
+evaluate.py (the numbers) and heads.py (splits and classifiers), to be read in this order.
 
     data:      pictures -- groups, splits --> splits.csv, and what a leak would score
     pretrain:  pictures of no val or test group -- two views --> simclr.pretrain --> encoder.pt
@@ -285,7 +285,7 @@ def train(
         SystemExit: a signal came; the run is saved, the status is 128 + the signal's number.
     """
     done, total = len(run.records) * run.steps + run.step, run.epochs * run.steps
-    if done:
+    if done and not run.finished:
         print(f"  goes on after step {run.step} of epoch {len(run.records) + 1}")
     write(out, {"config.json": config, "log.jsonl": run.records})
     due = time.monotonic() + simclr.CHECKPOINT_SECONDS
@@ -397,7 +397,7 @@ def show_step(bar: tqdm, run: simclr.Run) -> None:
     """Move the progress bar by a step; where it is redrawn, with the epoch's means so far."""
     if bar.update() and run.step:  # True = redrawn. Reading sums makes the device wait: only then.
         loss, accuracy, _ = (run.sums / run.step).tolist()
-        speed = (bar.format_dict["rate"] or 0) * run.settings.batch_size  # in slices, not in views
+        speed = (bar.format_dict["rate"] or 0) * run.batch  # in slices, not in views
         text = f"loss {loss:.3f}, accuracy {accuracy:.2f}, {speed:.0f} images/s"
         bar.set_postfix_str(text)
 
@@ -451,6 +451,8 @@ def prepare(args: argparse.Namespace, name: str, init: str | None = None) -> Tri
     if init is None:
         path = args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
         encoder, checkpoint = simclr.load_encoder(path)
+        if "head_type" in checkpoint:  # of a fine-tuning it would know the labels beforehand
+            raise data.UserError(f"{path} is a classifier; --encoder takes an encoder.pt")
         origin = f"{path} of epoch {checkpoint['epoch']}"
         values = {"encoder": str(path.resolve()), "pretraining": checkpoint["config"]}
     else:
@@ -466,6 +468,7 @@ def prepare(args: argparse.Namespace, name: str, init: str | None = None) -> Tri
     leaked = heads.refuse_leak(study, task, checkpoint["seen"].numpy(), args.allow_leak)
     values |= {"task": task.name, "leaked": bool(leaked), "pretraining_epoch": checkpoint["epoch"]}
     values |= {key: checkpoint[key] for key in ("arch", "image_size")}
+    values["weights"] = simclr.digest(encoder)
     print(f"{args.command} {task.name} with {origin}, on {machine.text}")
     scaling = {key: checkpoint[key] for key in ("mean", "std")}
     return Trial(out, machine, encoder, checkpoint, study, task, leaked, values, scaling)
@@ -486,6 +489,7 @@ def probe(args: argparse.Namespace) -> None:
 
 def finetune(args: argparse.Namespace) -> None:
     """Train encoder and a fully connected head end to end; --from-scratch is the baseline."""
+    args.from_scratch |= args.init == "random"
     ways = {"--encoder": args.encoder, "--init": args.init, "--from-scratch": args.from_scratch}
     if len(given := [name for name, value in ways.items() if value]) > 1:
         raise data.UserError(f"{' and '.join(given)} say where to begin; give one of them")
@@ -510,8 +514,10 @@ def finetune(args: argparse.Namespace) -> None:
         steps = heads.finetune(run, pictures.cached["square"], *parts)
         train(run, steps, out, config, partial(simclr.save_run, run, out, config))
         head, images = run.networks["head"].cpu(), pictures.squares(task.rows)
-        h = {p: heads.features_of(encoder, checkpoint, images[of[p]], *machine[:2]) for p in of}
-        probs = {p: heads.probabilities(head, h[p]).numpy() for p in ("val", "test")}
+        probs = {}
+        for part in ("val", "test"):
+            h = heads.features_of(encoder, checkpoint, images[of[part]], *machine[:2])
+            probs[part] = heads.probabilities(head, h).numpy()
         checkpoint["encoder"] = {k: v.cpu() for k, v in encoder.state_dict().items()}
         fitted = {"from scratch" if args.from_scratch else "fine-tuned network": probs}
         how = heads.Probing(seed=args.seed), run.records, fitted
@@ -548,7 +554,7 @@ def finish_classifier(
     caption = evaluate.leak_caption(leaked)
     files = {"config.json": config, "log.jsonl": records}
     files |= {"splits.csv": heads.split_table(study, task)}
-    title = f"{args.command} of {task.name}"
+    title = f"{out.name}: training"
     files |= {"curve.png": evaluate.training_picture(records, title, caption)}
     how = results, task.notes, temperature, caption
     files |= evaluate.result_files(test, probs["test"], *how)
@@ -586,14 +592,15 @@ def compare(args: argparse.Namespace) -> None:
                     bar.set_postfix_str(f"{len(cells)} of {len(plan)} fits")
     test, caption = heads.test_part(study, task), evaluate.leak_caption(leaked)
     about = (
-        f"{task.name}: {len(test.labels):,} test pictures of {len(set(test.groups)):,} groups; the "
-        f"same {(task.split == 'val').sum():,} val pictures choose epoch and learning rate for all "
-        f"methods. {args.seeds} seeds (of labels, heads and order; one encoder), mean ± sd, and "
-        f"the 95 % interval of that mean from resampling test groups. Fine-tuning: {args.epochs} "
-        f"epochs; from scratch as many for each learning rate of {heads.SCRATCH_LRS}, and their "
-        f"seconds together. On {machine.text}. {caption}"
+        f"{task.name}: {len(test.labels):,} test pictures of {len(set(test.groups)):,} groups; "
+        f"{(task.split == 'val').sum():,} val pictures choose the epoch and, from scratch, the "
+        f"learning rate. One encoder; mean over {args.seeds} draws of labels, heads and order, ± "
+        "their standard deviation; in brackets the 95 % interval of that mean from resampling test "
+        "groups, which leaves the draw of labels out. "
+        f"Fine-tuning: {args.epochs} epochs; from scratch as many for each learning rate of "
+        f"{heads.SCRATCH_LRS}, and their seconds together. On {machine.text}."
     )
-    files = evaluate.compare_files([cells[fit] for fit in plan], test, about)
+    files = evaluate.compare_files([cells[fit] for fit in plan], test, about, caption)
     print(files["table.md"])
     conclude(out, files)
 
@@ -624,7 +631,7 @@ def score(args: argparse.Namespace) -> None:
     values["training"] = checkpoint["config"]
     files = {"config.json": run_config(args, study, machine, None, **values)}
     files["splits.csv"] = heads.split_table(study, task)
-    temperature = checkpoint["temperature"]
+    temperature = checkpoint.get("temperature", 1.0)
     files |= evaluate.result_files(test, probs, results, task.notes, temperature, caption)
     conclude(out, files)
 
@@ -642,10 +649,10 @@ def predict(args: argparse.Namespace) -> None:
     progress = partial(progress_bar, leave=False)
     pictures = data.load_files(args.paths, size, RUNS / "cache", progress)
     name_unreadable(pictures, refuse=True)
-    rows = [row for row in range(len(pictures.paths)) if row not in pictures.unreadable]
-    if not rows:
+    rows = np.setdiff1d(np.arange(len(pictures.paths)), list(pictures.unreadable))
+    if not len(rows):
         raise data.UserError("no picture can be read; give others")
-    images, classes = pictures.squares(np.array(rows)), checkpoint["classes"]
+    images, classes = pictures.squares(rows), checkpoint["classes"]
     probs = heads.classify(encoder, head, checkpoint, images, classes, *machine[:2])
     table = evaluate.prediction_table([pictures.paths[row] for row in rows], probs, classes)
     wide = max(len(path) for path, *_ in table)
@@ -661,7 +668,7 @@ def embed(args: argparse.Namespace) -> None:
     place = args.out or base_folder(args) / "features.npz"
     args.out = place.parent
     out, machine = run_folder(args, ""), choose_machine(args)
-    if place.suffix != ".npz":
+    if place.suffix != ".npz" or place.is_dir():
         raise data.UserError(f"--out {place} is the file of the features; its name ends in .npz")
     encoder, checkpoint = simclr.load_encoder(
         args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
@@ -669,13 +676,19 @@ def embed(args: argparse.Namespace) -> None:
     study = load_data(args, checkpoint["image_size"])
     pictures = study.pictures
     rows = np.setdiff1d(np.arange(len(pictures.paths)), list(pictures.unreadable))
+    if not len(rows):
+        raise data.UserError("no picture can be read; give others")
     h = heads.features_of(encoder, checkpoint, pictures.squares(rows), *machine[:2]).numpy()
-    labels = np.full(len(pictures.paths), "", object)  # (n,), '' = of no class
+    told = np.full((3, len(pictures.paths)), "", object)  # label, task, split; '' = of no class
     for task in study.tasks.values():
-        labels[task.rows] = np.array(task.classes)[task.labels]
-    paths, labels = np.array(pictures.paths)[rows], labels[rows].astype(str)
-    features = {"features": h, "paths": paths, "labels": labels}
-    picture = evaluate.map_picture(h, labels)
+        told[0, task.rows] = np.array(task.classes)[task.labels]
+        told[1, task.rows], told[2, task.rows] = task.name, task.split
+    paths, (labels, tasks, splits) = np.array(pictures.paths)[rows], told[:, rows].astype(str)
+    features = {"features": h, "paths": paths, "labels": labels, "tasks": tasks, "splits": splits}
+    names = (
+        labels if len(study.tasks) < 2 else [f"{t} {k}" for t, k in zip(tasks, labels, strict=True)]
+    )
+    picture = evaluate.map_picture(h, names)
     conclude(out, {place.name: features, f"{place.stem}.png": picture})
 
 
@@ -859,7 +872,8 @@ def main(argv: list[str] | None = None) -> int:
             raise data.UserError(f"{args.command} runs in one process: start it without torchrun")
         if args.command == "finetune" and not (args.from_scratch or args.init):
             if args.image_size or args.arch:
-                raise data.UserError("--arch and --image-size are those of the encoder; leave them")
+                text = "--arch and --image-size are those of the encoder; leave them out"
+                raise data.UserError(f"{text}, or give --from-scratch or --init")
         defaults = PUBLISHED | (PHANTOM_DEFAULTS if args.data is None else {})
         if args.data and args.command != "pretrain":
             defaults["epochs"] = heads.FineTuning.epochs

@@ -29,6 +29,7 @@ Departures from the paper:
 Next: evaluate.py
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +64,7 @@ CHECKPOINT_SHARE = 0.01  # and at most this share of the time is spent on writin
 DEVICE_SHARE = 0.25  # of a GPU's free memory, for the pictures; where they need more, they stream
 # What may change between two starts of a run: it moves the speed and the last bits of the result
 # (and processes on CPUs, which have a batch norm each, a little more).
-FREE = {"data", "device", "processes", "threads", "versions"}
+FREE = {"data", "device", "processes", "threads", "versions", "encoder", "pretraining"}
 
 # ---------------------------------------------------------------------------------------------
 # The encoder: a ResNet (He et al., arXiv 1512.03385), with torchvision's parameter names
@@ -451,7 +452,7 @@ class Run:
     Args:
         networks: by name, what is trained; the encoder comes first.
         settings: `Pretraining`, or `heads.FineTuning`.
-        epochs, steps: how many epochs there are, and steps in each.
+        epochs, steps, batch: how many epochs there are, steps in each, and slices in a step.
         device: of the networks.
         bf16: run the networks under bf16 autocast; the loss is float32 always.
     """
@@ -462,6 +463,7 @@ class Run:
         settings: Any,
         epochs: int,
         steps: int,
+        batch: int,
         device: torch.device,
         bf16: bool,
     ) -> None:
@@ -469,7 +471,7 @@ class Run:
         self.networks.to(device, memory_format=memory_format(device, bf16))
         self.optimizer = adamw(self.networks, weight_decay=settings.weight_decay)
         self.settings, self.device, self.bf16 = settings, device, bf16
-        self.epochs, self.steps = epochs, steps
+        self.epochs, self.steps, self.batch = epochs, steps, batch
         self.records: list[dict[str, float]] = []  # one for each finished epoch
         self.step = 0  # steps done in the epoch after these
         self.sums = torch.zeros(3, device=device)  # of loss, accuracy, std over these steps
@@ -518,7 +520,8 @@ def pretraining(
     networks = {"encoder": encoder, "projection_head": ProjectionHead(encoder.feature_dim)}
     if device.type == "cuda" and rank_and_world()[1] > 1:  # on CPUs each has its own statistics
         networks = {k: nn.SyncBatchNorm.convert_sync_batchnorm(v) for k, v in networks.items()}
-    return Run(networks, settings, settings.epochs, n // settings.batch_size, device, bf16)
+    steps = n // settings.batch_size
+    return Run(networks, settings, settings.epochs, steps, settings.batch_size, device, bf16)
 
 
 def embed(networks: nn.ModuleDict, views: Tensor, bf16: bool) -> Tensor:
@@ -671,7 +674,7 @@ def finish_epoch(run: Run, lr: float, names: Sequence[str]) -> dict[str, float]:
             f"the loss became {means[0]} in epoch {record['epoch']} at learning rate {lr:.2g}; "
             "what was saved before is as it was; start again with --restart and a lower --lr"
         )
-    speed = run.steps * run.settings.batch_size / run.seconds
+    speed = run.steps * run.batch / run.seconds
     record |= {"images_per_second": speed, "seconds": run.seconds}
     run.records, run.step, run.seconds = [*run.records, record], 0, 0.0
     run.sums.zero_()
@@ -686,6 +689,14 @@ def finish_epoch(run: Run, lr: float, names: Sequence[str]) -> dict[str, float]:
 def reason(error: Exception) -> str:
     """The first line of what an exception says."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def digest(network: nn.Module) -> str:
+    """SHA-256 of a network's weights and statistics, hexadecimal."""
+    found = hashlib.sha256()
+    for value in network.state_dict().values():
+        found.update(np.ascontiguousarray(value.cpu().numpy()))
+    return found.hexdigest()
 
 
 def save(checkpoint: dict, path: Path) -> None:
@@ -771,9 +782,8 @@ def read_checkpoint(out: Path, config: dict) -> dict | None:
         ) from error
     changed = [key for key in config if key not in FREE and before.get(key) != config[key]]
     values = {key: f"{before.get(key)!s:.30} there, {config[key]!s:.30} here" for key in changed}
-    differ = [
-        "other pictures" if key == "fingerprint" else f"{key} {values[key]}" for key in changed
-    ]
+    known = {"fingerprint": "other pictures", "weights": "another encoder"}
+    differ = [known.get(key, f"{key} {values[key]}") for key in changed]
     if differ:
         raise data.UserError(
             f"{path} is of a run with other settings: {'; '.join(differ)}; give those to go on, "
@@ -828,8 +838,8 @@ def load_encoder(path: Path) -> tuple[ResNet, dict]:
 def init_encoder(arch: str, init: str) -> tuple[ResNet, float, float]:
     """An encoder before its training: random, with ImageNet's weights, or with those of a file.
 
-    torchvision's first layer takes red, green and blue; on gray pictures, where all three are the
-    same, it does what the sum of its three filters does.
+    torchvision's first layer takes red, green and blue; where all three are the same, it does what
+    the sum of its three filters does.
 
     Args:
         init: "random" (torch's own generator), "imagenet" (torchvision fetches them once), or a
@@ -852,7 +862,9 @@ def init_encoder(arch: str, init: str) -> tuple[ResNet, float, float]:
         else:
             weights = torch.load(init, map_location="cpu", weights_only=True)
         if "encoder" in weights:  # what it has seen would be forgotten
-            raise ValueError("it is one of ours; --encoder takes it")
+            raise ValueError(
+                "it is one of ours, which probe, finetune and compare take as --encoder"
+            )
         weights = {name: w for name, w in weights.items() if not name.startswith("fc.")}
         weights["conv1.weight"] = weights["conv1.weight"].sum(dim=1, keepdim=True)  # (64, 1, 7, 7)
         encoder.load_state_dict(weights)

@@ -268,6 +268,7 @@ def test_neighbours_vote_as_a_slow_loop_says():
             votes[labels[i]] += np.exp(cosine[i] / 0.07)
         assert np.allclose(ours[n], votes / votes.sum(), atol=1e-9)
     assert evaluate.nearest_neighbours(known[:3], labels[:3], asked, 4).shape == (9, 4)
+    assert evaluate.nearest_neighbours(known, labels, asked[:0], 4).shape == (0, 4)
 
 
 def test_principal_components_are_those_of_a_singular_value_decomposition():
@@ -289,6 +290,7 @@ def test_the_interval_of_a_mean_is_the_one_that_accuracy_has():
     right = (probs.argmax(axis=1) == labels).astype(float)
     expected = evaluate.group_bootstrap(labels, probs, groups)["accuracy"]
     assert evaluate.mean_interval(right, groups) == pytest.approx(expected)
+    assert np.isnan(evaluate.mean_interval(right, np.zeros(90))).all()  # as there is no spread
 
 
 def test_the_table_of_a_comparison_says_what_can_be_counted():
@@ -305,7 +307,9 @@ def test_the_table_of_a_comparison_says_what_can_be_counted():
          "seconds": 1.0 + 2 * s, "lr": None, "probs": answers(6 + 2 * s if m == "probe" else 4)}
         for m in evaluate.METHODS for f in (0.1, 1.0) for s in (0, 1)
     ]  # fmt: skip
-    files = evaluate.compare_files(cells, test, "about it")
+    files = evaluate.compare_files(cells, test, "about it", "LEAKED: 3")
+    assert files["table.md"].splitlines()[:3] == ["about it", "", "LEAKED: 3"]
+    assert {row[-1] for row in files["table.csv"][1:]} == {"LEAKED: 3"}
     rows = [line.split(" | ") for line in files["table.md"].splitlines() if line.startswith("| 1")]
     assert len(rows) == 2 * len(evaluate.METHODS)
     by = {(row[0].strip("| "), row[1]): row[2:] for row in rows}

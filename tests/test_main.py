@@ -396,6 +396,9 @@ def test_a_stopped_fine_tuning_goes_on_and_ends_with_the_same_bits(tmp_path, mon
 def test_a_fine_tuning_begins_in_one_way_alone(tmp_path, monkeypatch, capsys):
     pretrained(tmp_path, monkeypatch)
     tune = ("finetune", *SMALL)
+    main.main(["probe", *SMALL, "--epochs", "1"])
+    classifier = ["--encoder", "runs/probe-mine/classifier.pt"]
+    assert "is a classifier" in refused(capsys, "compare", *SMALL, *classifier)
     error = refused(capsys, *tune, "--from-scratch", "--init", "imagenet")
     assert "--init and --from-scratch say where to begin" in error
     assert "those of the encoder" in refused(capsys, *tune, "--image-size", "64")
@@ -454,6 +457,14 @@ def test_an_interrupted_comparison_goes_on_with_the_next_fit(tmp_path, monkeypat
     assert len(rows_of("stopped/table.csv")) == 5 and len(fitted) == done
     error = refused(capsys, *command[:5], "--epochs", "2", "--out", "alone")
     assert "epochs 1 there, 2 here" in error
+    # the same encoder at another place is the same; another one at the same place is not
+    Path("runs/pretrain/encoder.pt").rename("moved.pt")
+    assert main.main([*one, "--out", "alone", "--encoder", "moved.pt"]) == 0
+    checkpoint = torch.load("moved.pt")
+    checkpoint["encoder"]["conv1.weight"] *= -1
+    torch.save(checkpoint, "moved.pt")
+    error = refused(capsys, *one, "--out", "alone", "--encoder", "moved.pt")
+    assert "other settings: another encoder;" in error
     assert "invalid" in refused(capsys, *command, "--label-fractions", "0")
 
 
@@ -479,8 +490,13 @@ def test_predict_says_of_files_and_folders_what_the_probe_said(tmp_path, capsys)
         for name in ("p_sick", "p_well"):
             assert float(found[name]) == pytest.approx(float(row[name]), abs=1e-5)
         assert any(row["path"] in line and row["prediction"] in line for line in out.splitlines())
-    assert "not a folder" in refused(capsys, *words, "nowhere.png")
+    assert "nowhere.png is not there" in refused(capsys, *words, "nowhere.png")
     assert "no picture can be read" in refused(capsys, *words, f"{folder}/broken.png")
+
+
+def embedded_splits() -> list[dict[str, str]]:
+    main.main(["data", "--data", "scans", "--task", "mine", "--image-size", "32"])
+    return rows_of("runs/data-mine/splits.csv")
 
 
 def test_embed_writes_the_features_of_every_picture_and_their_map(tmp_path, capsys):
@@ -493,11 +509,15 @@ def test_embed_writes_the_features_of_every_picture_and_their_map(tmp_path, caps
     assert main.main(["embed", "--data", "scans", "--out", "here/features.npz"]) == 0
     with np.load("here/features.npz") as file:
         h, paths, labels = file["features"], file["paths"], file["labels"]
+        tasks, splits = file["tasks"], file["splits"]
     assert h.shape == (len(paths), 512) and h.dtype == np.float32
     assert paths.dtype.kind == labels.dtype.kind == "U"
     assert len(paths) == len(list((tmp_path / "scans").rglob("*.png"))) - 1
     for path, label in zip(paths, labels, strict=True):
         assert label == (path.split("/")[1] if path.startswith("mine/") else "")
+    split = {row["path"]: row["split"] for row in embedded_splits()}
+    assert [split.get(path, "") for path in paths] == splits.tolist()
+    assert set(tasks) == {"mine", ""}
     assert {p.name for p in Path("here").iterdir()} == {"features.npz", "features.png"}
     encoder, checkpoint = simclr.load_encoder(Path("runs/pretrain/encoder.pt"))
     pixels = data.fit_square(data.read_gray(tmp_path / "scans" / paths[3]), 32)[None]
@@ -505,6 +525,10 @@ def test_embed_writes_the_features_of_every_picture_and_their_map(tmp_path, caps
     assert np.allclose(h[3], expected[0].numpy(), atol=1e-5)
     assert main.main(["embed", "--data", "scans", "--out", "here/features.npz"]) == 0  # once more
     assert "ends in .npz" in refused(capsys, "embed", "--data", "scans", "--out", "here/features")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "broken.png").write_bytes(b"")
+    bad = ["embed", "--data", "bad", "--encoder", "runs/pretrain/encoder.pt"]
+    assert "no picture can be read" in refused(capsys, *bad)
 
 
 # --- what the loss does not say ----------------------------------------------------------------

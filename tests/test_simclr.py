@@ -275,7 +275,7 @@ def test_first_weights_that_do_not_fit_are_refused(tmp_path):
     """One of our own encoders has seen pictures, which would be forgotten: --encoder takes it."""
     path = tmp_path / "a.pth"
     torch.save({"encoder": simclr.resnet18().state_dict(), "arch": "resnet18"}, path)
-    with pytest.raises(data.UserError, match="--encoder takes it"):
+    with pytest.raises(data.UserError, match="take as --encoder"):
         simclr.init_encoder("resnet18", str(path))
     torch.save(simclr.resnet18(in_channels=3).state_dict(), path)
     with pytest.raises(data.UserError, match="no weights of a resnet50"):
