@@ -869,62 +869,62 @@ COLUMNS = ("method", "fraction", "seed", "groups", "pictures", "parameters", "se
 SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
 
 
+ROW = (
+    "| {share:g} %: {groups:.0f} groups, {pictures:.0f} pictures | {name} "
+    "| {mean:.3f}{sd} [{low:.3f}, {high:.3f}] | {gain:+.3f} [{worst:+.3f}, {best:+.3f}] "
+    "| {parameters:,} | {seconds:.1f} |"
+)
+
+
+def summarise(cells: list[dict], scratch: list[dict], test: TestPart) -> dict:
+    """What ROW says of one method's fits on one share of the labels, one for each seed.
+
+    Args:
+        scratch: the fits from scratch on the same labels. The difference is taken picture by
+            picture, and its interval, like that of the mean, from resampling test groups.
+    """
+    right, theirs = (
+        np.array([np.argmax(c["probs"], axis=1) == test.labels for c in some], float)
+        for some in (cells, scratch)
+    )  # (seeds, N) each, 1 = right
+    gain = right.mean(axis=0) - theirs.mean(axis=0)  # (N,)
+    sd = f" ± {right.mean(axis=1).std(ddof=1):.3f}" if len(right) > 1 else ""
+    (low, high), (worst, best) = (mean_interval(x, test.groups) for x in (right.mean(axis=0), gain))
+    row = {key: np.mean([c[key] for c in cells]) for key in ("groups", "pictures", "seconds")}
+    row |= {"mean": right.mean(), "sd": sd, "low": low, "high": high, "gain": gain.mean()}
+    row |= {"worst": worst, "best": best, "parameters": cells[0]["parameters"]}
+    return row | {"share": 100 * cells[0]["fraction"], "name": METHODS[cells[0]["method"]]}
+
+
 def compare_files(cells: list[dict], test: TestPart, about: str, caption: str) -> dict[str, object]:
     """The files of a comparison: table.csv, a row for each fit; table.md; label_efficiency.png.
-
-    An interval is that of the mean over seeds, from resampling the test part's groups. A difference
-    is taken picture by picture, between what was fitted on the same labelled groups.
 
     Args:
         cells: as `heads.Comparison.fit` yields them, of all METHODS.
         about: on the data, the split and the settings; it stands above the table.
         caption: `leak_caption`, for all three.
     """
-    measured = [classification_metrics(test.labels, np.array(c["probs"])) for c in cells]
-    rows = [(c, m) for c, m in zip(cells, measured, strict=True)]
-    rows = [(*(c[k] for k in COLUMNS), *(m[k] for k in SCORES)) for c, m in rows]
-    header = ("labels", "method", "accuracy", "minus scratch", "trained parameters", "seconds")
-    lines = [
-        about,
-        *(["", caption] if caption else []),
-        "",
-        "| " + " | ".join(header) + " |",
-        "|---" * len(header) + "|",
-    ]
+    found = [(c, classification_metrics(test.labels, np.array(c["probs"]))) for c in cells]
+    rows = [(*(c[k] for k in COLUMNS), *(m[k] for k in SCORES), caption) for c, m in found]
+    header = "labels | method | accuracy | minus scratch | trained parameters | seconds"
+    lines = [about, *["", caption][: 2 * bool(caption)], "", f"| {header} |", "|---" * 6 + "|"]
     drawn: dict[str, list] = {name: [[]] for name in METHODS.values()}
     names = {}
     for x, fraction in enumerate(sorted({cell["fraction"] for cell in cells})):
         of = {
             m: [c for c in cells if (c["fraction"], c["method"]) == (fraction, m)] for m in METHODS
         }
-        means = {k: np.mean([c[k] for c in of["probe"]]) for k in ("groups", "pictures")}
-        names[x] = f"{100 * fraction:g} % ({means['groups']:.0f})"
-        labels = "{:g} %: {groups:.0f} groups, {pictures:.0f} pictures".format(
-            100 * fraction, **means
-        )
-        scratch = rights(of["scratch"], test).mean(axis=0)  # (N,)
-        for k, (method, name) in enumerate(METHODS.items()):
-            right = rights(of[method], test)  # (seeds, N)
-            mean, (low, high) = right.mean(), mean_interval(right.mean(axis=0), test.groups)
-            sd = f" ± {right.mean(axis=1).std(ddof=1):.3f}" if len(right) > 1 else ""
-            gain = right.mean(axis=0) - scratch
-            ends = mean_interval(gain, test.groups)
-            row = [labels, name, f"{mean:.3f}{sd} [{low:.3f}, {high:.3f}]"]
-            row += [f"{gain.mean():+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}]"]
-            row += [f"{of[method][0]['parameters']:,}"]
-            row += [f"{np.mean([c['seconds'] for c in of[method]]):.1f}"]
-            lines.append("| " + " | ".join(row) + " |")
-            beside = x + 0.04 * (k - 2)  # so that no interval hides another
-            drawn[name][0].append((beside, mean))
-            drawn[name] += [[(beside, mean)], [(beside, low), (beside, high)]]
+        for k, fits in enumerate(of.values()):
+            row = summarise(fits, of["scratch"], test)
+            lines.append(ROW.format(**row))
+            names[x] = f"{row['share']:g} % ({row['groups']:.0f})"
+            beside = x + 0.04 * (k - len(of) // 2)  # so that no interval hides another
+            drawn[row["name"]][0].append((beside, row["mean"]))
+            ends = [(beside, end) for end in (row["low"], row["high"]) if not np.isnan(end)]
+            drawn[row["name"]] += [[(beside, row["mean"])], ends or [(beside, row["mean"])]]
     panel = Panel("test accuracy, 95 % interval", "labelled groups in training", drawn, names)
     return {
-        "table.csv": [(*COLUMNS, *SCORES, "leaked"), *((*row, caption) for row in rows)],
+        "table.csv": [(*COLUMNS, *SCORES, "leaked"), *rows],
         "table.md": "\n".join(lines) + "\n",
         "label_efficiency.png": chart([panel], f"{test.task}: what labels are worth", caption),
     }
-
-
-def rights(cells: list[dict], test: TestPart) -> np.ndarray:
-    """(cells, N) 1.0 where a fit is right about a test picture."""
-    return np.array([np.array(c["probs"]).argmax(axis=1) == test.labels for c in cells], float)

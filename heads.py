@@ -74,6 +74,11 @@ class Task:
         return self.rows[chosen], self.labels[chosen], self.groups[chosen]
 
 
+def parts_of(task: Task) -> dict[str, np.ndarray]:
+    """Where the pictures of each part stand among those of the task: (m,) int64."""
+    return {part: np.flatnonzero(task.split == part) for part in ("train", "val", "test")}
+
+
 def allot(groups: int, test: float, val: float) -> tuple[int, int]:
     """How many of a class's groups go to test and to val; the rest, at least one, to train.
 
@@ -484,11 +489,6 @@ def knn_accuracy(
     labels = [task.labels[rows] for rows in some]
     votes = evaluate.nearest_neighbours(known, labels[0], asked, len(task.classes))
     return float((votes.argmax(axis=1) == labels[1]).mean())
-
-
-def parts_of(task: Task) -> dict[str, np.ndarray]:
-    """Where the pictures of each part stand among those of the task: (m,) int64."""
-    return {part: np.flatnonzero(task.split == part) for part in ("train", "val", "test")}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -477,6 +477,7 @@ class Run:
         self.sums = torch.zeros(3, device=device)  # of loss, accuracy, std over these steps
         self.seconds, self.since = 0.0, time.perf_counter()  # of training, in these steps
         self.best: dict = {}  # where validation chooses: the weights of the best epoch so far
+        self.first: dict = {}  # where training begins more than once: the weights it begins with
 
     def tick(self) -> None:
         """Count the seconds since the last tick."""
