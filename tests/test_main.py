@@ -168,6 +168,7 @@ def test_real_folders_go_through_both_commands_and_batches_shrink(tmp_path, caps
     assert "the batch shrinks from 512 to 22: 22 pictures are there" in out
     assert "next: python main.py probe --data scans --task mine" in out
     assert main.main(["probe", "--data", "scans", "--task", "mine", "--epochs", "2"]) == 0
+    check_choices(Path("runs/probe-mine"))
     assert not (tmp_path / "scans" / "runs").exists()
     assert json.loads(Path("runs/probe-mine/config.json").read_text())["phantoms"] is False
     metrics = json.loads(Path("runs/probe-mine/metrics.json").read_text())
@@ -334,6 +335,21 @@ def pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patients: int = 
     main.main(["pretrain", "--data", "scans", "--epochs", "0", "--image-size", "32"])
 
 
+def check_choices(run: Path) -> None:
+    """From the files of a run: val pictures, and no others, chose its epoch and its temperature."""
+    encoder, head, checkpoint = heads.load_classifier(run / "classifier.pt")
+    rows = [row for row in rows_of(run / "splits.csv") if row["split"] == "val"]
+    squares = [data.fit_square(data.read_gray(Path("scans", row["path"])), 32) for row in rows]
+    how = np.stack(squares), checkpoint["classes"], torch.device("cpu"), False
+    probs = heads.classify(encoder, head, checkpoint, *how)
+    labels = np.array([checkpoint["classes"].index(row["label"]) for row in rows])
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    best = max(log, key=lambda r: (r["val_accuracy"], -r["val_loss"]))
+    assert best["val_loss"] == pytest.approx(evaluate.negative_log_likelihood(labels, probs), 1e-4)
+    temperature = evaluate.fit_temperature(labels, probs)
+    assert json.loads((run / "metrics.json").read_text())["temperature"] == temperature
+
+
 def test_finetune_writes_what_a_probe_writes_and_its_classifier_scores_the_same(
     tmp_path, monkeypatch, capsys
 ):
@@ -364,6 +380,7 @@ def test_finetune_writes_what_a_probe_writes_and_its_classifier_scores_the_same(
         assert main.main(words) == 0
         again = Path("runs/evaluate-mine/predictions.csv").read_text()
         assert again == (run / "predictions.csv").read_text()
+    check_choices(runs[0])
     weights = [torch.load(run / "classifier.pt")["encoder"]["conv1.weight"] for run in runs]
     first = torch.load("runs/pretrain/encoder.pt")["encoder"]["conv1.weight"]
     assert not torch.equal(weights[0], first)
