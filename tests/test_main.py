@@ -160,7 +160,7 @@ def test_every_task_of_the_phantoms_can_be_probed(task):
     assert main.main(["probe", "--task", task, "--epochs", "1"]) == 0
 
 
-def test_real_folders_go_through_both_commands_and_batches_shrink(tmp_path, capsys):
+def test_real_folders_go_through_both_commands_and_batches_shrink(tmp_path, capsys, asked):
     plant(tmp_path / "scans", seed=1)
     size = ["--image-size", "32"]
     assert main.main(["pretrain", "--data", "scans", "--epochs", "1", *size]) == 0
@@ -168,7 +168,7 @@ def test_real_folders_go_through_both_commands_and_batches_shrink(tmp_path, caps
     assert "the batch shrinks from 512 to 22: 22 pictures are there" in out
     assert "next: python main.py probe --data scans --task mine" in out
     assert main.main(["probe", "--data", "scans", "--task", "mine", "--epochs", "2"]) == 0
-    check_choices(Path("runs/probe-mine"))
+    check_choices(Path("runs/probe-mine"), asked)
     assert not (tmp_path / "scans" / "runs").exists()
     assert json.loads(Path("runs/probe-mine/config.json").read_text())["phantoms"] is False
     metrics = json.loads(Path("runs/probe-mine/metrics.json").read_text())
@@ -335,7 +335,15 @@ def pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patients: int = 
     main.main(["pretrain", "--data", "scans", "--epochs", "0", "--image-size", "32"])
 
 
-def check_choices(run: Path) -> None:
+@pytest.fixture
+def asked(monkeypatch):
+    """What temperatures were fitted to: labels and probabilities, one after the other."""
+    found, fit = [], evaluate.fit_temperature
+    monkeypatch.setattr(evaluate, "fit_temperature", lambda *x: found.extend(x) or fit(*x))
+    return found
+
+
+def check_choices(run: Path, asked: list[np.ndarray]) -> None:
     """From the files of a run: val pictures, and no others, chose its epoch and its temperature."""
     encoder, head, checkpoint = heads.load_classifier(run / "classifier.pt")
     rows = [row for row in rows_of(run / "splits.csv") if row["split"] == "val"]
@@ -346,12 +354,11 @@ def check_choices(run: Path) -> None:
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     best = max(log, key=lambda r: (r["val_accuracy"], -r["val_loss"]))
     assert best["val_loss"] == pytest.approx(evaluate.negative_log_likelihood(labels, probs), 1e-4)
-    temperature = evaluate.fit_temperature(labels, probs)
-    assert json.loads((run / "metrics.json").read_text())["temperature"] == temperature
+    assert np.array_equal(asked[0], labels) and np.allclose(asked[1], probs, atol=1e-5)
 
 
 def test_finetune_writes_what_a_probe_writes_and_its_classifier_scores_the_same(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, asked
 ):
     pretrained(tmp_path, monkeypatch)
     assert main.main(["finetune", *SMALL, "--epochs", "2"]) == 0
@@ -380,7 +387,7 @@ def test_finetune_writes_what_a_probe_writes_and_its_classifier_scores_the_same(
         assert main.main(words) == 0
         again = Path("runs/evaluate-mine/predictions.csv").read_text()
         assert again == (run / "predictions.csv").read_text()
-    check_choices(runs[0])
+    check_choices(runs[0], asked)
     weights = [torch.load(run / "classifier.pt")["encoder"]["conv1.weight"] for run in runs]
     first = torch.load("runs/pretrain/encoder.pt")["encoder"]["conv1.weight"]
     assert not torch.equal(weights[0], first)
