@@ -598,7 +598,6 @@ def validate(
     h = features_of(networks["encoder"], vars(settings), images[rows], run.device, run.bf16)
     h, labels = h.to(run.device), labels.to(run.device)
     record["val_loss"], record["val_accuracy"] = score(networks["head"], h, labels)
-    networks.train()
     rank = [record["val_accuracy"] or 0.0, -(record["val_loss"] or 0.0)]
     if not run.best or rank > run.best["rank"] or not len(rows):
         weights = copy.deepcopy(networks.state_dict())

@@ -384,3 +384,21 @@ def test_a_comparison_gives_all_methods_the_same_labels_and_counts_what_they_tra
     assert cells[2]["lr"] in heads.SCRATCH_LRS and cells[1]["lr"] == 1e-4
     assert len({json.dumps(c["probs"]) for c in cells}) == len(cells)  # each its own answer
     assert all(torch.equal(value, before[k]) for k, value in encoder.state_dict().items())
+    other = dataclasses.replace(on, encoder=simclr.resnet18())  # from scratch it plays no part
+    *_, again = other.fit([(0.1, 0, "scratch")])
+    assert again["probs"] == cells[2]["probs"]
+
+
+def test_the_look_during_pretraining_asks_val_pictures_for_training_neighbours():
+    """In the val part the labels are swapped, so whoever is asked, his neighbours are wrong."""
+    images, labels = stripes(60)
+    split = np.array(["train"] * 40 + ["val"] * 20)
+    swapped = np.where(split == "val", 1 - labels.numpy(), labels.numpy())
+    rows = np.arange(60)
+    task = heads.Task("mine", ("a", "b"), rows, swapped, rows, split, split, {})
+    pictures = data.Pictures([], None, None, {}, {"square": images}, rows)
+    encoder = heads.untrained("resnet18", 0)
+    accuracy = heads.knn_accuracy(encoder, SCALING, pictures, task, CPU, False)
+    assert accuracy < 0.3
+    nobody = dataclasses.replace(task, split=np.full(60, "train"))
+    assert heads.knn_accuracy(encoder, SCALING, pictures, nobody, CPU, False) is None
