@@ -387,6 +387,8 @@ def test_a_comparison_gives_all_methods_the_same_labels_and_counts_what_they_tra
     other = dataclasses.replace(on, encoder=simclr.resnet18())  # from scratch it plays no part
     *_, again = other.fit([(0.1, 0, "scratch")])
     assert again["probs"] == cells[2]["probs"]
+    fits = [cell for cell in on.fit([(1.0, seed, "finetune") for seed in (0, 1)]) if cell]
+    assert fits[0]["probs"] != fits[1]["probs"]  # on the same labels, from another head
 
 
 def test_the_look_during_pretraining_asks_val_pictures_for_training_neighbours():
