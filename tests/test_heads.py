@@ -262,8 +262,11 @@ def test_each_learning_rate_begins_with_the_same_weights_and_its_own_schedule(
     """Else the second would go on where the first one ended, and look better than it is."""
     images, train, val = parts()
     run = tuning(heads.FineTuning(epochs=2, batch_size=8, lrs=(1e-3, 1e-3)))
-    seen, rates = [], []
+    seen, rates, seeds, draw = [], [], [], data.draw_views
     monkeypatch.setattr(simclr, "set_lr", lambda optimizer, lr: rates.append(lr))
+    monkeypatch.setattr(
+        data, "draw_views", lambda V, g: seeds.append(g.initial_seed()) or draw(V, g)
+    )
     for i, _ in enumerate(heads.finetune(run, images, train, val)):
         if i % 8 == 0:
             moved = run.networks["head"].weight - run.first["head.weight"]
@@ -271,6 +274,7 @@ def test_each_learning_rate_begins_with_the_same_weights_and_its_own_schedule(
             seen.append(run.optimizer.state_dict()["state"][0]["step"].item())
     assert seen == [1, 1]  # AdamW counts anew
     assert rates[:8] == rates[8:] and len(rates) == 16
+    assert len(set(seeds)) == 16  # no step sees the views of another
     assert rates[0] == max(rates) == pytest.approx(1e-3)  # 5 % of 8 steps: up at once
     assert rates[7] < 0.05 * rates[0] and sorted(rates[:8], reverse=True) == rates[:8]
     long = tuning(heads.FineTuning(epochs=10, batch_size=2))  # 120 steps, of which 6 warm up
