@@ -508,6 +508,10 @@ class FineTuning:
     mean: float = 0.5
     std: float = 0.5
 
+    def steps(self, n: int) -> int:
+        """In an epoch of n pictures; where they are few, they come round more than once."""
+        return max(LEAST_STEPS, -(-n // self.batch_size))
+
 
 def fine_tuning(
     encoder: simclr.ResNet,
@@ -521,13 +525,12 @@ def fine_tuning(
 
     Args:
         encoder: on the CPU; trained in place.
-        n: training pictures. Where they are few, they come round more than once in an epoch.
+        n: training pictures.
     """
     torch.manual_seed(settings.seed)
     networks = {"encoder": encoder, "head": nn.Linear(encoder.feature_dim, num_classes)}
-    steps = max(LEAST_STEPS, -(-n // settings.batch_size))
     epochs, batch = settings.epochs * len(settings.lrs), min(settings.batch_size, n)
-    run = simclr.Run(networks, settings, epochs, steps, batch, device, bf16)
+    run = simclr.Run(networks, settings, epochs, settings.steps(n), batch, device, bf16)
     run.first = copy.deepcopy(run.networks.state_dict())  # with which each learning rate begins
     return run
 
@@ -678,8 +681,7 @@ class Comparison:
         trials, total = {"finetune": len(self.settings.lrs), "scratch": len(SCRATCH_LRS)}, 0
         for fraction, seed, method in plan:
             n = len(parts_of(label_subset(self.task, fraction, seed))["train"])
-            steps = max(LEAST_STEPS, -(-n // self.settings.batch_size))
-            total += trials.get(method, 0) * self.settings.epochs * steps
+            total += trials.get(method, 0) * self.settings.epochs * self.settings.steps(n)
         return total
 
     def fit_network(self, cut: Task, seed: int, scratch: bool) -> Iterator[None]:

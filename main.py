@@ -112,6 +112,11 @@ def base_folder(args: argparse.Namespace) -> Path:
     return RUNS if args.data else RUNS / "phantoms"
 
 
+def encoder_path(args: argparse.Namespace) -> Path:
+    """--encoder or, where it was not given, that of `pretrain` on the same kind of data."""
+    return args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
+
+
 def load_data(args: argparse.Namespace, image_size: int) -> heads.Study:
     """Read --data or the phantoms; say what is there, what cannot be read, and what is suspect.
 
@@ -160,6 +165,18 @@ def name_unreadable(pictures: data.Pictures, refuse: bool) -> None:
             f"{len(bad)} of {len(paths)} pictures cannot be read, the first is "
             f"{paths[min(bad)]!r} ({bad[min(bad)]}); replace or remove them"
         )
+
+
+def readable(pictures: data.Pictures) -> np.ndarray:
+    """(m,) int64: the pictures that could be read.
+
+    Raises:
+        UserError: there are none.
+    """
+    rows = np.setdiff1d(np.arange(len(pictures.paths)), list(pictures.unreadable))
+    if not len(rows):
+        raise data.UserError("no picture can be read; give others")
+    return rows
 
 
 def data_flags(args: argparse.Namespace) -> list[str]:
@@ -449,7 +466,7 @@ def prepare(args: argparse.Namespace, name: str, init: str | None = None) -> Tri
     """
     out, machine = run_folder(args, f"{name}-{args.task}"), choose_machine(args)
     if init is None:
-        path = args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
+        path = encoder_path(args)
         encoder, checkpoint = simclr.load_encoder(path)
         if "head_type" in checkpoint:  # of a fine-tuning it would know the labels beforehand
             raise data.UserError(f"{path} is a classifier; --encoder takes an encoder.pt")
@@ -649,9 +666,7 @@ def predict(args: argparse.Namespace) -> None:
     progress = partial(progress_bar, leave=False)
     pictures = data.load_files(args.paths, size, RUNS / "cache", progress)
     name_unreadable(pictures, refuse=True)
-    rows = np.setdiff1d(np.arange(len(pictures.paths)), list(pictures.unreadable))
-    if not len(rows):
-        raise data.UserError("no picture can be read; give others")
+    rows = readable(pictures)
     images, classes = pictures.squares(rows), checkpoint["classes"]
     probs = heads.classify(encoder, head, checkpoint, images, classes, *machine[:2])
     table = evaluate.prediction_table([pictures.paths[row] for row in rows], probs, classes)
@@ -670,14 +685,10 @@ def embed(args: argparse.Namespace) -> None:
     out, machine = run_folder(args, ""), choose_machine(args)
     if place.suffix != ".npz" or place.is_dir():
         raise data.UserError(f"--out {place} is the file of the features; its name ends in .npz")
-    encoder, checkpoint = simclr.load_encoder(
-        args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
-    )
+    encoder, checkpoint = simclr.load_encoder(encoder_path(args))
     study = load_data(args, checkpoint["image_size"])
     pictures = study.pictures
-    rows = np.setdiff1d(np.arange(len(pictures.paths)), list(pictures.unreadable))
-    if not len(rows):
-        raise data.UserError("no picture can be read; give others")
+    rows = readable(pictures)
     h = heads.features_of(encoder, checkpoint, pictures.squares(rows), *machine[:2]).numpy()
     told = np.full((3, len(pictures.paths)), "", object)  # label, task, split; '' = of no class
     for task in study.tasks.values():

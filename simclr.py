@@ -594,11 +594,12 @@ def batches(images: Tensor | np.ndarray, order: Tensor, device: torch.device) ->
         images: (m, S, S) uint8: a tensor on the device, or a memory-mapped array.
         order: (steps, share) int64 on the CPU, rows of `images`.
     """
-    for rows in to_device(order, device) if isinstance(images, Tensor) else order.numpy():
-        batch = images[rows]
-        yield (batch if isinstance(images, Tensor) else to_device(torch.from_numpy(batch), device))[
-            :, None
-        ]
+    if isinstance(images, Tensor):
+        for rows in to_device(order, device):
+            yield images[rows][:, None]
+    else:
+        for rows in order.numpy():
+            yield to_device(torch.from_numpy(images[rows])[:, None], device)
 
 
 def pretrain(

@@ -49,6 +49,15 @@ def plant(root: Path, task: str = "mine", patients: int = 8, seed: int = 0) -> N
                 Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8)).save(path)
 
 
+def pretrained_on_all(tmp_path: Path) -> None:
+    """An encoder of the same pictures in a flat folder, so that nothing was held out."""
+    flat = tmp_path / "flat" / "all"
+    flat.mkdir(parents=True)
+    for i, path in enumerate(sorted((tmp_path / "scans").rglob("*.png"))):
+        (flat / f"{i}.png").write_bytes(path.read_bytes())
+    main.main(["pretrain", "--data", "flat", "--epochs", "0", "--image-size", "32"])
+
+
 def refused(capsys, *words: str) -> str:
     """Run a command that must fail; the one line it says."""
     capsys.readouterr()
@@ -442,11 +451,7 @@ def test_a_fine_tuning_begins_in_one_way_alone(tmp_path, monkeypatch, capsys):
 
 def test_fine_tuning_and_comparing_refuse_a_test_part_that_the_encoder_has_seen(tmp_path, capsys):
     plant(tmp_path / "scans")
-    flat = tmp_path / "flat" / "all"
-    flat.mkdir(parents=True)
-    for i, path in enumerate(sorted((tmp_path / "scans").rglob("*.png"))):
-        (flat / f"{i}.png").write_bytes(path.read_bytes())
-    main.main(["pretrain", "--data", "flat", "--epochs", "0", "--image-size", "32"])
+    pretrained_on_all(tmp_path)
     for command in ("finetune", "compare"):
         assert "was pretrained on 2 of the 2" in refused(capsys, command, *SMALL)
 
@@ -677,11 +682,7 @@ def test_every_help_says_what_is_held_out(command, capsys):
 def test_a_leaked_test_part_is_refused_and_with_allow_leak_marked_everywhere(tmp_path, capsys):
     """Pretrained on the same pictures as a flat folder, so that nothing was held out."""
     plant(tmp_path / "scans")
-    flat = tmp_path / "flat" / "all"
-    flat.mkdir(parents=True)
-    for i, path in enumerate(sorted((tmp_path / "scans").rglob("*.png"))):
-        (flat / f"{i}.png").write_bytes(path.read_bytes())
-    main.main(["pretrain", "--data", "flat", "--epochs", "0", "--image-size", "32"])
+    pretrained_on_all(tmp_path)
     probe = ("probe", "--data", "scans", "--task", "mine", "--epochs", "1")
     assert "the encoder was pretrained on 2 of the 2 test pictures" in refused(capsys, *probe)
     assert main.main([*probe, "--allow-leak"]) == 0
