@@ -41,6 +41,7 @@ import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, permutations
 from pathlib import Path
 from re import Pattern
@@ -520,11 +521,42 @@ def volume_slices(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
     )  # numpy's would make float64 of all
     gray = ((np.where(finite, volume, low) - low) / max(high - low, 1e-12)).clip(0, 1)
     full = (gray > 0.1).sum(axis=(0, 1))  # (Z,) pixels with something in them
-    side = np.linalg.norm(affine[:3, :2], axis=0)  # of a voxel, in mm
-    size = np.round(side / side.min() * gray.shape[:2]).astype(int)  # pixels become square
     for z in np.flatnonzero(full > NEAR_EMPTY * full.max()):
-        slice_ = Image.fromarray((gray[::-1, ::-1, z].T * 255).round().astype(np.uint8))
-        yield f"{classes[z]}{z}", np.asarray(slice_.resize(size, Image.Resampling.BILINEAR))
+        yield f"{classes[z]}{z}", axial((gray[..., z] * 255).round().astype(np.uint8), affine)
+
+
+def axial(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """One level (X, Y) uint8 of a volume in RAS+, front up, left on the right, pixels square."""
+    side = np.linalg.norm(affine[:3, :2], axis=0)  # of a voxel, in mm
+    size = np.round(side / side.min() * values.shape).astype(int)
+    slice_ = Image.fromarray(values[::-1, ::-1].T)
+    return np.asarray(slice_.resize(size, Image.Resampling.BILINEAR))
+
+
+read_once = lru_cache(maxsize=1)(read_nifti)  # a volume's slices ask for its mask one by one
+
+
+def lesion_of(root: Path | None, path: str, size: int) -> np.ndarray:
+    """Where a picture is known to be diseased: on phantoms, and where a mask lies by the volume.
+
+    Args:
+        root: the data folder; None for the phantoms.
+        path: of the picture, below it.
+        size: S, of the square that the picture became.
+
+    Returns:
+        (S, S) bool, True = diseased; all False where nothing is known.
+    """
+    match = SLICE.match(path) if root else None
+    mask = lesion_mask(root / match[1]) if match else None
+    if root and not mask:
+        return np.zeros((size, size), bool)
+    if root:
+        lesions, affine = read_once(mask)
+        there = axial((lesions[..., int(path.split("/")[-1])] > 0.5) * np.uint8(255), affine)
+    else:
+        there = draw_phantom(path)[1] * np.uint8(255)
+    return fit_square(there, size) > 127
 
 
 def open_shard(path: str | Path) -> Any:

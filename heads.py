@@ -13,13 +13,13 @@ probe, for pictures from elsewhere.
 
 Shape letters: N pictures in a batch · E encoder features · K classes. Here also n pictures in all.
 
-Next: main.py
+Next: gradcam.py
 """
 
 import copy
 import hashlib
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -374,6 +374,12 @@ def probabilities(head: nn.Module, features: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 
 
+def scaled(images: np.ndarray, checkpoint: dict, device: torch.device) -> Tensor:
+    """Pictures (N, S, S) uint8 as an encoder takes them: (N, 1, S, S) float32, without changes."""
+    x = torch.from_numpy(np.array(images))[:, None].to(device)
+    return (data.to_unit(x) - checkpoint["mean"]) / checkpoint["std"]
+
+
 @torch.no_grad()
 def features_of(
     encoder: simclr.ResNet,
@@ -399,8 +405,7 @@ def features_of(
     encoder.to(device, memory_format=layout).eval()
     features = [torch.zeros(0, encoder.feature_dim)]
     for i in range(0, len(images), batch_size):
-        x = torch.from_numpy(np.array(images[i : i + batch_size]))[:, None].to(device)
-        x = (data.to_unit(x) - checkpoint["mean"]) / checkpoint["std"]  # (N, 1, S, S)
+        x = scaled(images[i : i + batch_size], checkpoint, device)  # (N, 1, S, S)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             h = encoder(x.contiguous(memory_format=layout))
         features.append(h.float().cpu())
@@ -978,6 +983,18 @@ def load_classifier(path: Path) -> tuple[simclr.ResNet, nn.Module, dict]:
     return encoder, head.eval(), checkpoint
 
 
+def joined(encoder: nn.Module, head: nn.Module) -> nn.Sequential:
+    """Encoder and head as one network, pictures (N, 1, S, S) -> logits (N, K)."""
+    return nn.Sequential(OrderedDict(encoder=encoder, head=head))
+
+
+def untrained_classifier(checkpoint: dict) -> nn.Sequential:
+    """A network like a classifier's, with random weights."""
+    encoder = untrained(checkpoint["arch"], 0)
+    head = HEADS[checkpoint["head_type"]](encoder.feature_dim, len(checkpoint["classes"]))
+    return joined(encoder, head)
+
+
 def classify(
     encoder: simclr.ResNet,
     head: nn.Module,
@@ -999,10 +1016,19 @@ def classify(
     Raises:
         UserError: the classifier has other classes.
     """
+    columns = columns_of(classes, checkpoint)
+    h = features_of(encoder, checkpoint, images, device, bf16)
+    return probabilities(head, h).numpy()[:, columns]
+
+
+def columns_of(classes: Sequence[str], checkpoint: dict) -> list[int]:
+    """Where a classifier has each of the classes that the data has.
+
+    Raises:
+        UserError: the classifier has other classes.
+    """
     if set(classes) != set(checkpoint["classes"]):
         text = f"the data has the classes {', '.join(classes)}, and the classifier tells apart "
         text += ", ".join(checkpoint["classes"])
         raise data.UserError(f"{text}; rename the folders of what is the same")
-    h = features_of(encoder, checkpoint, images, device, bf16)
-    columns = [checkpoint["classes"].index(name) for name in classes]
-    return probabilities(head, h).numpy()[:, columns]
+    return [checkpoint["classes"].index(name) for name in classes]

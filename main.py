@@ -2,7 +2,8 @@
 
 This file only wires: it parses, seeds, chooses the device and the paths, and prints. What is
 computed stands in data.py (pictures, groups, views), simclr.py (encoder, loss, pretraining),
-evaluate.py (the numbers) and heads.py (splits and classifiers), to be read in this order.
+evaluate.py (the numbers), heads.py (splits and classifiers) and gradcam.py (heat maps), to be read
+in this order.
 
     data:      pictures -- groups, splits --> splits.csv, and what a leak would score
     pretrain:  pictures of no val or test group -- two views --> simclr.pretrain --> encoder.pt
@@ -11,6 +12,7 @@ evaluate.py (the numbers) and heads.py (splits and classifiers), to be read in t
     compare:   all of these on the same few labels --> table.md
     evaluate:  classifier.pt, pictures it has not seen --> metrics.json
     predict:   classifier.pt, files and folders --> class probabilities
+    explain:   classifier.pt, pictures --> where it looked: index.html, and what that is worth
     embed:     encoder.pt, a folder --> features.npz
 
 Next: nothing; this is the last.
@@ -40,6 +42,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import gradcam
 import heads
 import simclr
 
@@ -49,6 +52,8 @@ PUBLISHED = {"image_size": 128, "arch": "resnet18"} | asdict(simclr.Pretraining(
 PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 32, "epochs": 12}
 KNN_EVERY = 5  # epochs of a pretraining between two looks at what the features know
 COLLAPSED = 0.1  # of a healthy standard deviation
+EXPLAINED = 32  # pictures explained at once
+STAGES = ("head", *(f"encoder.{part}" for part in reversed(("conv1", *simclr.STRIDES))))
 # Which process this is and of how many, as torchrun says; only the first one writes and prints.
 RANK, PROCESSES = (int(os.environ.get(name, k)) for k, name in enumerate(("RANK", "WORLD_SIZE")))
 progress_bar = partial(tqdm, disable=RANK > 0)
@@ -224,7 +229,10 @@ def conclude(out: Path, files: dict[str, object], command: list[str] | None = No
     """
     write(out, files)
     print(files.get("report.txt", ""), end="")
-    print(f"in {out}/ now: {', '.join(sorted(path.name for path in out.glob('*')))}")
+    there = sorted(path.name for path in out.glob("*"))
+    more = [name for name in there if name not in files] if len(there) > 20 else []  # overlays
+    there = [name for name in there if name not in more] + [f"{len(more)} more"] * bool(more)
+    print(f"in {out}/ now: {', '.join(there)}")
     if command:
         print("next:", shlex.join(["python", "main.py", *command]))
 
@@ -678,6 +686,88 @@ def predict(args: argparse.Namespace) -> None:
     conclude(out, {"predictions.csv": table, "config.json": config})
 
 
+class Asked(NamedTuple):
+    """The pictures to be explained."""
+
+    root: Path | None  # below which their paths are; None = they are phantoms
+    pictures: data.Pictures
+    rows: np.ndarray  # (n,) int64
+    labels: np.ndarray | None  # (n,) int64, as the classifier numbers them; None = unknown
+    groups: np.ndarray  # (n,) int64
+
+
+def asked_pictures(args: argparse.Namespace, checkpoint: dict) -> Asked:
+    """What `explain` shall explain: the given files or, with labels, what is not trained on."""
+    size = checkpoint["image_size"]
+    if args.paths and args.data:
+        raise data.UserError("give --data (its test part is explained) or files, not both")
+    if args.paths:
+        how = RUNS / "cache", partial(progress_bar, leave=False)
+        pictures = data.load_files(args.paths, size, *how)
+        name_unreadable(pictures, refuse=True)
+        rows = readable(pictures)
+        owners = [m[1] if (m := data.SLICE.match(pictures.paths[r])) else str(r) for r in rows]
+        return Asked(Path(), pictures, rows, None, np.unique(owners, return_inverse=True)[1])
+    study, name = load_data(args, size), args.task or checkpoint["task"]
+    if name not in study.tasks and not args.task:  # loose pictures
+        rows = readable(study.pictures)
+        return Asked(args.data, study.pictures, rows, None, study.groups[rows])
+    task, _ = heads.unseen_part(study, study.task(name), checkpoint["seen"].numpy(), False)
+    rows, labels, groups = task.part("test")
+    labels = np.array(heads.columns_of(task.classes, checkpoint))[labels]
+    return Asked(args.data, study.pictures, rows, labels, groups)
+
+
+def explain(args: argparse.Namespace) -> None:
+    """Show where a classifier looked, and how far to believe it; leaves index.html."""
+    encoder, head, checkpoint = heads.load_classifier(args.model)
+    name, classes, size = (checkpoint[key] for key in ("task", "classes", "image_size"))
+    args.out = args.out or (RUNS if args.paths else base_folder(args)) / f"explain-{name}"
+    out, (device, bf16, text) = run_folder(args, ""), choose_machine(args)
+    if size <= simclr.STRIDES[args.layer]:
+        text = f"{args.layer} has one place for all of a picture of {size} pixels: no map; give an"
+        raise data.UserError(f"{text} earlier one, such as --layer layer{int(args.layer[-1]) - 1}")
+    root, pictures, rows, labels, groups = asked_pictures(args, checkpoint)
+    paths = [pictures.paths[row] for row in rows]
+    files = [
+        f"{i:05d}-{re.sub('[^A-Za-z0-9-]+', '-', Path(p).stem)[:60]}.png"
+        for i, p in enumerate(paths)
+    ]
+    layer, found = f"encoder.{args.layer}", []
+    model = heads.joined(encoder, head).to(device)
+    random = heads.untrained_classifier(checkpoint).to(device)
+    precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    with gradcam.GradCAM(model, layer) as cam, gradcam.GradCAM(random, layer) as untrained:
+        for i in progress_bar(range(0, len(rows), EXPLAINED), unit="batch", leave=False):
+            squares = pictures.squares(rows[i : i + EXPLAINED])
+            lesions = [data.lesion_of(root, path, size) for path in paths[i : i + EXPLAINED]]
+            x, generator = heads.scaled(squares, checkpoint, device), data.generator_for(i)
+            with precision():
+                one = gradcam.explain(cam, untrained, squares, x, np.stack(lesions), generator)
+            found.append(one)
+            drawn = zip(files[i : i + EXPLAINED], squares, one.maps, lesions, strict=True)
+            write(out, {file: gradcam.overlay_picture(*rest) for file, *rest in drawn})
+    some = np.linspace(0, len(rows) - 1, min(gradcam.CHECKED, len(rows))).round().astype(int)
+    x = heads.scaled(pictures.squares(rows[some]), checkpoint, device)
+    with precision():
+        check = gradcam.randomisation_check(model, layer, x, STAGES)
+    measures = {k: np.concatenate([one.measures[k] for one in found]) for k in found[0].measures}
+    probs = np.concatenate([one.probs for one in found])
+    shown = gradcam.Shown(name, classes, paths, files, labels, groups, probs, measures)
+    report = gradcam.report(shown, f"maps of {args.layer}", check)
+    config = {"command": "explain", "model": str(args.model.resolve()), "layer": args.layer}
+    page = gradcam.gallery(shown, report, lambda file: (out / file).read_bytes())
+    conclude(
+        out,
+        {
+            "report.txt": report,
+            "explain.csv": shown.table(),
+            "index.html": page,
+            "config.json": config | {"device": text},
+        },
+    )
+
+
 def embed(args: argparse.Namespace) -> None:
     """Write the features of every picture of a folder, and draw their map."""
     place = args.out or base_folder(args) / "features.npz"
@@ -757,6 +847,7 @@ COMMANDS = {  # what runs, and what it holds out
     "compare": (compare, "the test part, opened once for each fit; the val part chooses epochs."),
     "evaluate": (score, "all groups that the classifier was trained on; the rest is scored."),
     "predict": (predict, "nothing: it scores nothing."),
+    "explain": (explain, "with --data all that the classifier was trained on; it trains nothing."),
     "embed": (embed, "nothing: it trains and scores nothing."),
 }
 
@@ -795,8 +886,11 @@ def text_of(name: str, text: str) -> str:
 def declare_data_flags(flag: Callable) -> None:
     """The flags that say what is read and written, each declared once for all its commands."""
     part, trials = partial(flag, "data and output"), "probe finetune compare"
-    part("predict", "paths", type=Path, nargs="+", help="pictures, volumes, shards, and folders")
-    reading = f"data pretrain {trials} evaluate"
+    text = "pictures, volumes, shards, and folders"
+    part("predict", "paths", type=Path, nargs="+", help=text)
+    text += "; where not given, what of --data (or of the phantoms) it was not trained on"
+    part("explain", "paths", type=Path, nargs="*", help=text)
+    reading = f"data pretrain {trials} evaluate explain"
     text = "folder of scans: <task>/<class>/ or <task>/Training/<class>/ below it; else phantoms"
     part(f"{reading} embed", "--data", type=Path, help=text)
     text = "folder of this run (of embed: the file); one below runs/ where not given"
@@ -807,12 +901,12 @@ def declare_data_flags(flag: Callable) -> None:
     part(reading, "--resplit", action="store_true", help=text)
     part(trials, "--task", required=True, help="one of those that `data` lists, such as tumor")
     part("data", "--task", help="only this one; all that are there where not given")
-    part("evaluate", "--task", help="the classifier's own where not given")
+    part("evaluate explain", "--task", help="the classifier's own where not given")
 
     part = partial(flag, "model")
     text = "an encoder.pt; that of `pretrain` on the same kind of data where not given"
     part(f"{trials} embed", "--encoder", type=Path, help=text)
-    part("evaluate predict", "--model", type=Path, required=True, help="a classifier.pt")
+    part("evaluate predict explain", "--model", type=Path, required=True, help="a classifier.pt")
     text = (
         "first weights: random, imagenet (torchvision's, fetched once), or a file of torchvision's"
     )
@@ -824,6 +918,8 @@ def declare_data_flags(flag: Callable) -> None:
     text += f" (default: {PUBLISHED['arch']})"
     part("pretrain finetune", "--arch", choices=tuple(simclr.ARCHITECTURES), help=text)
     text = text_of("image_size", "side of the square pictures, in pixels; an --encoder has its own")
+    text = "stage of the encoder whose map is drawn: a later one knows more, and is coarser"
+    part("explain", "--layer", choices=tuple(simclr.STRIDES), default=gradcam.LAYER, help=text)
     part("data pretrain finetune", "--image-size", type=number(int, 32), help=text)
     text = "go on although test pictures were trained on; every output then says so"
     part(f"{trials} evaluate", "--allow-leak", action="store_true", help=text)
@@ -866,7 +962,8 @@ def declare_training_flags(flag: Callable) -> None:
     text = "moves first weights, order, views and dropout, never the split"
     part("pretrain probe finetune", "--seed", type=number(int, 0), default=0, help=text)
 
-    part = partial(flag, "machine", "pretrain probe finetune compare evaluate predict embed")
+    computing = "pretrain probe finetune compare evaluate predict explain embed"
+    part = partial(flag, "machine", computing)
     text = "auto takes CUDA, then Apple's MPS, then the CPU"
     part("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
     text = "auto takes bf16 where the machine computes it natively; the loss stays float32"

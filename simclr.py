@@ -171,6 +171,7 @@ def resnet50(in_channels: int = 1) -> ResNet:
 
 
 ARCHITECTURES = {"resnet18": resnet18, "resnet50": resnet50}
+STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}  # pixels a place of a stage's map
 
 
 class ProjectionHead(nn.Sequential):

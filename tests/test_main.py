@@ -523,6 +523,62 @@ def test_predict_says_of_files_and_folders_what_the_probe_said(tmp_path, capsys)
     assert "no picture can be read" in refused(capsys, *words, f"{folder}/broken.png")
 
 
+def test_explain_shows_what_the_probe_was_not_trained_on_and_measures_it(capsys):
+    """Without paths and --data: the phantoms' test part, with labels and known lesions."""
+    assert main.main(["pretrain", "--epochs", "0", "--image-size", "64"]) == 0
+    assert main.main(["probe", "--task", "tumor", "--epochs", "2"]) == 0
+    run, out = Path("runs/phantoms/probe-tumor"), Path("runs/phantoms/explain-tumor")
+    asked = ["explain", "--model", str(run / "classifier.pt")]
+    assert main.main(asked) == 0
+    rows, told = rows_of(out / "explain.csv"), rows_of(run / "predictions.csv")
+    assert [row["path"] for row in rows] == [row["path"] for row in told]
+    for row, other in zip(rows, told, strict=True):
+        assert (row["label"], row["prediction"]) == (other["label"], other["prediction"])
+        for class_ in ("glioma", "notumor"):
+            assert float(row[f"p_{class_}"]) == pytest.approx(float(other[f"p_{class_}"]), abs=1e-5)
+        assert (row["pointing"] == "") == (row["label"] == "notumor")
+        assert Image.open(out / row["overlay"]).size[0] > 3 * 192
+    page, text = (out / "index.html").read_text(), (out / "report.txt").read_text()
+    assert page.count("<figure>") == len(rows) and "Wrong predictions" in page
+    assert "not for diagnosis" in page and "hottest point in the lesion (right)" in text
+    assert text in capsys.readouterr().out
+    first = (out / "explain.csv").read_bytes()
+    assert main.main([*asked, "--layer", "layer2", "--out", "second"]) == 0
+    assert main.main([*asked, "--out", "third"]) == 0
+    assert Path("third/explain.csv").read_bytes() == first
+    assert Path("second/explain.csv").read_bytes() != first
+
+
+def test_explain_takes_files_and_loose_pictures_without_labels(tmp_path, capsys):
+    """Names are told as they are; in the page they are text, in a file's name they are harmless."""
+    plant(tmp_path / "scans")
+    scans = ["--data", "scans", "--epochs"]
+    assert main.main(["pretrain", *scans, "0", "--image-size", "32"]) == 0
+    assert main.main(["probe", *scans, "2", "--task", "mine"]) == 0
+    model = ["--model", "runs/probe-mine/classifier.pt", "--layer", "layer3"]
+    (tmp_path / "loose").mkdir()
+    names = ["=1+1.png", "<img src=x>.png", "two\nlines.png", "-x.png", "é.png"]
+    for source, name in zip(sorted(Path("scans").rglob("*.png"))[:5], names, strict=True):
+        shutil.copy(source, tmp_path / "loose" / name)
+    assert main.main(["explain", *model, "loose"]) == 0
+    rows = rows_of("runs/explain-mine/explain.csv")
+    assert sorted(row["path"] for row in rows) == sorted(f"loose/{name}" for name in names)
+    assert all(row["label"] == row["pointing"] == "" for row in rows)
+    assert all(set(row["overlay"]) <= set("0123456789abcdefghijklmnopqrstuvwxyz-.") for row in rows)
+    page = Path("runs/explain-mine/index.html").read_text()
+    assert "<img src=x>" not in page and "&lt;img src=x&gt;" in page
+    assert "Right" not in page and "Predictions: 5" in page
+    assert main.main(["explain", *model, "--data", "loose", "--out", "other"]) == 0
+    assert len(rows_of("other/explain.csv")) == 5
+    assert main.main(["explain", *model, "--data", "scans", "--out", "again"]) == 0
+    tested = {row["path"] for row in rows_of("runs/probe-mine/predictions.csv")}
+    assert {row["path"] for row in rows_of("again/explain.csv")} == tested
+    assert "not both" in refused(capsys, "explain", *model, "loose", "--data", "scans")
+    assert "nowhere is not there" in refused(capsys, "explain", *model, "nowhere")
+    last = refused(capsys, "explain", *model[:2], "--layer", "layer4", "loose")
+    assert "of 32 pixels" in last and "--layer layer3" in last
+
+
 def embedded_splits() -> list[dict[str, str]]:
     main.main(["data", "--data", "scans", "--task", "mine", "--image-size", "32"])
     return rows_of("runs/data-mine/splits.csv")

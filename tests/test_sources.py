@@ -277,6 +277,22 @@ def test_a_slices_class_comes_from_the_mask_of_its_own_sequence(tmp_path):
     assert all("/" not in name for name in slices(tmp_path / "Patient-1" / "1-T1.nii"))
 
 
+def test_a_lesion_is_marked_where_the_picture_shows_it(tmp_path):
+    """The volume is its own mask, stored in another order, with pixels that are no squares."""
+    lesions = np.zeros((20, 24, 6), "u1")
+    lesions[3:9, 14:20, 2:5] = 1
+    lesions[12, 3:9, 3] = 1
+    stored, affine = lesions[::-1, :, ::-1], np.diag((-1.0, 1.5, -3.0, 1.0))
+    write_nifti(tmp_path / "ms" / "1-Flair.nii", stored, affine)
+    write_nifti(tmp_path / "ms" / "1-LesionSeg-Flair.nii.gz", stored, affine)
+    pictures = heads.load(tmp_path, 48, tmp_path.parent / "cache").pictures
+    assert len(pictures.paths) == 3
+    for row, path in enumerate(pictures.paths):
+        marked = data.lesion_of(tmp_path, path, 48)
+        assert np.array_equal(marked, pictures.squares(np.array([row]))[0] > 127) and marked.any()
+    assert not data.lesion_of(tmp_path, "somewhere/else.png", 48).any()
+
+
 def test_a_folder_may_be_called_like_a_volume(tmp_path):
     """Kaggle unpacks 1-T1.nii into a folder 1-T1.nii."""
     write_nifti(tmp_path / "in" / "1-T1.nii" / "1-T1.nii", brain(0, 3), np.eye(4))
