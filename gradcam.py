@@ -74,6 +74,7 @@ class GradCAM:
         model: maps images to logits (N, K).
         layer: one of its modules, or its name as `named_modules` has it. Of a module that runs more
             than once, the last run counts.
+        stride: as `enlarge` takes it.
 
     Attributes:
         raw: (N, h, w) float32, the last call's maps before they were enlarged and scaled (Eq. 2);
@@ -84,13 +85,13 @@ class GradCAM:
         ValueError: no such layer.
     """
 
-    def __init__(self, model: nn.Module, layer: nn.Module | str) -> None:
+    def __init__(self, model: nn.Module, layer: nn.Module | str, stride: int | None = None) -> None:
         modules = dict(model.named_modules())
         found = modules.get(layer) if isinstance(layer, str) else layer
         if not any(module is found for module in modules.values()):
             names = ", ".join(name for name in modules if name.count(".") < 2 and name)
             raise ValueError(f"the model has no layer {layer!r}; it has {names}, ...")
-        self.model, self.layer, self.modes, self.hook = model, found, [], None
+        self.model, self.layer, self.stride, self.modes, self.hook = model, found, stride, [], None
         self.activation: Tensor | None = None  # (N, C, h, w), a leaf
         self.raw: Tensor | None = None
         self.logits: Tensor | None = None
@@ -132,8 +133,7 @@ class GradCAM:
             class_index: in [0, K), one for all pictures or (N,) int64; None = the predicted ones.
 
         Returns:
-            (N, H, W) float32 in [0, 1]: `raw`, enlarged, each map divided by its own maximum, which
-            becomes 1; all 0 where it is 0.
+            (N, H, W) float32 in [0, 1]: `raw`, enlarged and scaled to its own maximum.
 
         Raises:
             RuntimeError: called outside the `with`.
@@ -162,14 +162,59 @@ class GradCAM:
         alpha = gradient.float().mean(dim=(2, 3))  # (N, C), Eq. 1
         self.raw = torch.einsum("nc,nchw->nhw", alpha, self.activation.detach().float()).relu()
         self.logits = logits.detach().float()
-        return enlarge(self.raw, images.shape[-2:])
+        return scaled(enlarge(self.raw, images.shape[-2:], self.stride))
 
 
-def enlarge(raw: Tensor, shape: Sequence[int]) -> Tensor:
-    """Maps (N, h, w) >= 0, enlarged bilinearly to (N, *shape), each divided by its own maximum."""
-    maps = F.interpolate(raw[:, None], tuple(shape), mode="bilinear", align_corners=False)[:, 0]
+def enlarge(raw: Tensor, shape: Sequence[int], stride: int | None = None) -> Tensor:
+    """Maps (N, h, w), enlarged bilinearly to (N, *shape).
+
+    Args:
+        stride: pixels from place to place, the first of which looks at the first pixel, as in each
+            stage of a ResNet, whose convolutions pad alike on both sides and then skip. None =
+            places of equal size fill the picture, as is mostly assumed; that moves a ResNet's maps
+            by half a place to the lower right.
+    """
+    if not stride:
+        return F.interpolate(raw[:, None], tuple(shape), mode="bilinear")[:, 0]
+    pixels = (torch.arange(n, device=raw.device) for n in shape)
+    # Pixel x is at place x / stride; grid_sample has -1 and 1 at the outer rims of h and w places.
+    y, x = ((2 * p / stride + 1) / n - 1 for p, n in zip(pixels, raw.shape[1:], strict=True))
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (H, W, 2)
+    grid = grid.expand(len(raw), -1, -1, -1)
+    return F.grid_sample(raw[:, None], grid, "bilinear", "border", align_corners=False)[:, 0]
+
+
+def scaled(maps: Tensor) -> Tensor:
+    """Maps (N, H, W) >= 0, each divided by its own maximum; what is 0 everywhere stays so."""
     highest = maps.amax(dim=(1, 2), keepdim=True)  # (N, 1, 1)
-    return maps / torch.where(highest > 0, highest, 1)  # (N, H, W)
+    return maps / torch.where(highest > 0, highest, 1)
+
+
+def move(images: Tensor, right: int, down: int) -> Tensor:
+    """Pictures (..., H, W), moved by whole pixels; what comes in from outside is like the corner.
+
+    The first pixel of a scan is background.
+    """
+    corner = images[..., :1, :1]
+    return F.pad(images - corner, (right, -right, down, -down)) + corner  # < 0 cuts off
+
+
+def fine_maps(cam: GradCAM, images: Tensor, classes: Tensor) -> Tensor:
+    """Maps twice as fine as the layer's places: of the picture, moved by a quarter of a place.
+
+    Args:
+        cam: inside its `with`; with a stride, else nothing is moved.
+        classes: (N,) int64.
+
+    Returns:
+        (N, H, W) float32 >= 0, not scaled: the mean of four maps, each moved back.
+    """
+    quarter, total = (cam.stride or 0) // 4, 0
+    for right in (-quarter, quarter):
+        for down in (-quarter, quarter):
+            cam(move(images, right, down), classes)
+            total = total + move(enlarge(cam.raw, images.shape[-2:], cam.stride), -right, -down)
+    return total / 4
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,23 +278,20 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def shift_agreement(cam: GradCAM, images: Tensor, maps: Tensor, classes: Tensor) -> Tensor:
-    """How well a map stays with the head when the head is moved by 1/32 of the side.
+    """How well maps stay with the head when the head is moved by 1/32 of the side.
 
     Args:
-        images: (N, 1, S, S); their first pixel is taken to be background.
-        maps: (N, S, S) of `classes` (N,).
+        images: (N, 1, S, S).
+        maps: (N, S, S), their `fine_maps` of `classes` (N,).
 
     Returns:
-        (N,) mean correlation of the map with four others, moved back; 1 is best, 0 chance.
+        (N,) mean correlation with the maps of the picture moved to the right and moved down, moved
+        back; 1 is best, 0 chance.
     """
     step, found = max(1, images.shape[-1] // SHIFT), []
-    inner = maps[:, step:-step, step:-step]
-    background = images[:, :, :1, :1]  # (N, 1, 1, 1), black
-    for dx, dy in ((step, 0), (-step, 0), (0, step), (0, -step)):
-        # A negative pad cuts off: the picture moves right by dx and down by dy.
-        moved = F.pad(images - background, (dx, -dx, dy, -dy)) + background
-        back = F.pad(cam(moved, classes), (-dx, dx, -dy, dy))
-        found.append(correlation(inner, back[:, step:-step, step:-step]))
+    for right, down in ((step, 0), (0, step)):
+        back = move(fine_maps(cam, move(images, right, down), classes), -right, -down)
+        found.append(correlation(maps[:, :-step, :-step], back[:, :-step, :-step]))
     return torch.stack(found).nanmean(dim=0)
 
 
@@ -259,7 +301,7 @@ def deletion(model: nn.Module, images: Tensor, order: Tensor, classes: Tensor) -
 
     Args:
         model: in eval mode.
-        images: (N, 1, S, S); what is taken away takes their first pixel's value, background.
+        images: (N, 1, S, S); what is taken away becomes like their first pixel, background.
         order: (N, S, S), the highest are taken away first.
         classes: (N,) whose probability is followed.
 
@@ -279,8 +321,10 @@ def deletion(model: nn.Module, images: Tensor, order: Tensor, classes: Tensor) -
 
 
 def random_maps(raw: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Maps of nothing, as coarse as others are: uniform noise on the places of raw (N, h, w)."""
-    return enlarge(torch.rand(raw.shape, generator=generator).to(raw.device), shape)
+    """Maps of nothing, as fine as `fine_maps`: uniform noise on twice the places of (N, h, w)."""
+    N, h, w = raw.shape
+    noise = torch.rand(N, 2 * h, 2 * w, generator=generator).to(raw.device)
+    return scaled(enlarge(noise, shape))
 
 
 class Explained(NamedTuple):
@@ -312,23 +356,25 @@ def explain(
     Returns:
         the maps and, by name: activation_intensity, the mean of the scaled map; activation_area,
         the per cent of its pixels above 0.5; class_confidence, the predicted class's probability;
-        strength, the sum of the map before scaling, in units of the logit (with average pooling and
-        one linear layer on top: all that spoke for the class), so 0 where the map is 0 everywhere;
+        strength, the map before scaling, summed over the layer's places, in units of the logit
+        (with average pooling and one linear layer on top: all that spoke for the class);
         inside_head, the map's share there; deletion and deletion_random, the area under the
         probability when the hottest pixels, or random places, are taken away first;
         shift_agreement; and what `against_lesions` says of the map and, under the same names with
         _untrained and _random behind them, of maps that know nothing.
     """
-    maps = cam(images)  # (N, S, S)
-    raw, logits, shape = cam.raw, cam.logits, images.shape[-2:]
-    probs, classes = logits.double().softmax(dim=1), logits.argmax(dim=1)
-    chance = [random_maps(raw, shape, generator) for _ in range(RANDOM_ORDERS)]
+    with torch.no_grad():
+        logits = cam.model(images).double()  # (N, K)
+    probs, classes, shape = logits.softmax(dim=1), logits.argmax(dim=1), images.shape[-2:]
+    unscaled = fine_maps(cam, images, classes)
+    maps, places = scaled(unscaled), cam.raw[0].numel()  # (N, S, S)
+    chance = [random_maps(cam.raw, shape, generator) for _ in range(RANDOM_ORDERS)]
     by_chance = [deletion(cam.model, images, order, classes) for order in chance]
     found = {
         "activation_intensity": maps.mean(dim=(1, 2)),
         "activation_area": 100 * (maps > HOT).float().mean(dim=(1, 2)),
         "class_confidence": probs.amax(dim=1),
-        "strength": raw.sum(dim=(1, 2)),
+        "strength": places * unscaled.mean(dim=(1, 2)),
         "deletion": deletion(cam.model, images, maps, classes),
         "deletion_random": torch.stack(by_chance).mean(dim=0),
         "shift_agreement": shift_agreement(cam, images, maps, classes),
@@ -336,7 +382,8 @@ def explain(
     measures = {name: values.double().cpu().numpy() for name, values in found.items()}
     heads = head_mask(pictures)
     measures["inside_head"] = share_within(maps.cpu().numpy(), heads)
-    compared = {"": maps, "_untrained": untrained(images, classes), "_random": chance[0]}
+    blind = scaled(fine_maps(untrained, images, classes))
+    compared = {"": maps, "_untrained": blind, "_random": chance[0]}
     for name, some in compared.items():
         told = against_lesions(some.cpu().numpy(), lesions, heads)
         measures |= {key + name: values for key, values in told.items()}
@@ -471,13 +518,13 @@ class Shown(NamedTuple):
 
 MEASURES = {  # as the report calls them
     "pointing": "hottest point in the lesion",
-    "enrichment": "map in the lesion / its share of the head",
+    "enrichment": "lesion's share of map / of head",
     "inside_head": "share of the map inside the head",
     "strength": "strength before scaling (logit)",
     "activation_intensity": "activation intensity",
     "activation_area": "activation area, %",
     "class_confidence": "class confidence",
-    "deletion": "confidence left, hottest taken first",
+    "deletion": "confidence left by deletion",
     "shift_agreement": "agreement under small shifts",
 }
 
@@ -503,7 +550,7 @@ def report(shown: Shown, about: str, check: dict[str, float]) -> str:
                 mean_cell(shown.measures.get(name + other), of, shown.groups)
                 for other in ("", "_untrained", "_random")
             ]
-            lines.append(f"{text + which:42.42}" + "".join(f"{cell:>22}" for cell in cells))
+            lines.append(f"{text + which:42}" + "".join(f"{cell:>22}" for cell in cells))
     empty = int((shown.measures["strength"] == 0).sum())
     lines.append(f"{empty:,} maps are 0 everywhere: nothing in this layer spoke for the class")
     lines.append("maps left the same, weights shuffled from the top down (1 = all, 0 = none):")
@@ -520,6 +567,17 @@ def mean_cell(values: np.ndarray | None, of: np.ndarray, groups: np.ndarray) -> 
     return f"{values[of].mean():.3f}{ends}"
 
 
+ABOUT = (
+    "Each map is scaled to its own maximum, so look at the strength first: it is in units of the "
+    "class's score (logit), before scaling. Hottest point in the lesion: how often; a map of "
+    "nothing scores the lesion's share of the picture. Lesion's share of the map over its share of "
+    "the head: 1 is chance. Confidence left by deletion: the mean probability of the class while "
+    "the picture is taken away, hottest places first; beside it, random places first: no lower "
+    "means that the map does not show what the network needs. Agreement under small shifts: how "
+    "well the map stays with the head (1 is best). Intensity is the mean of the scaled map, area "
+    "the per cent of it above 0.5. Brackets: 95 % intervals over groups. A known lesion is "
+    "outlined in the scan."
+)
 STYLE = """
 body { font: 16px/1.45 system-ui, sans-serif; color: #1f2937; max-width: 72rem; margin: 0 auto;
   padding: 1rem }
@@ -533,7 +591,9 @@ img { width: 100%; height: auto } figcaption { font-size: .85rem; overflow-wrap:
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 td:last-child { text-align: right } td.bar { width: 45% } meter { width: 100% }
 .called { font-weight: 600 } .wrong { color: #b91c1c }
-@media print { body { font-size: 10pt; max-width: none } .grid { grid-template-columns: 1fr 1fr } }
+h2, h3 { break-after: avoid }
+@media print { body { font-size: 10pt; max-width: none } .grid { grid-template-columns: 1fr 1fr }
+  pre { font-size: 7pt; overflow: visible } }
 """
 
 
@@ -591,5 +651,5 @@ def gallery(shown: Shown, text: str, read: Callable[[str], bytes]) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
         f'<style>{STYLE}</style><h1>{escape(title)}</h1><p class="caution">{CAUTION}</p>'
-        f"<pre>{escape(text)}</pre>{''.join(body)}</html>\n"
+        f"<pre>{escape(text)}</pre><p>{ABOUT}</p>{''.join(body)}</html>\n"
     )

@@ -733,11 +733,11 @@ def explain(args: argparse.Namespace) -> None:
         f"{i:05d}-{re.sub('[^A-Za-z0-9-]+', '-', Path(p).stem)[:60]}.png"
         for i, p in enumerate(paths)
     ]
-    layer, found = f"encoder.{args.layer}", []
+    found, where = [], (f"encoder.{args.layer}", simclr.STRIDES[args.layer])
     model = heads.joined(encoder, head).to(device)
     random = heads.untrained_classifier(checkpoint).to(device)
     precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
-    with gradcam.GradCAM(model, layer) as cam, gradcam.GradCAM(random, layer) as untrained:
+    with gradcam.GradCAM(model, *where) as cam, gradcam.GradCAM(random, *where) as untrained:
         for i in progress_bar(range(0, len(rows), EXPLAINED), unit="batch", leave=False):
             squares = pictures.squares(rows[i : i + EXPLAINED])
             lesions = [data.lesion_of(root, path, size) for path in paths[i : i + EXPLAINED]]
@@ -750,7 +750,7 @@ def explain(args: argparse.Namespace) -> None:
     some = np.linspace(0, len(rows) - 1, min(gradcam.CHECKED, len(rows))).round().astype(int)
     x = heads.scaled(pictures.squares(rows[some]), checkpoint, device)
     with precision():
-        check = gradcam.randomisation_check(model, layer, x, STAGES)
+        check = gradcam.randomisation_check(model, where[0], x, STAGES)
     measures = {k: np.concatenate([one.measures[k] for one in found]) for k in found[0].measures}
     probs = np.concatenate([one.probs for one in found])
     shown = gradcam.Shown(name, classes, paths, files, labels, groups, probs, measures)
