@@ -401,8 +401,8 @@ def against_lesions(
 
     Returns:
         (N,) each, NaN without a lesion: pointing, as `hits` says; enrichment, the map's share in
-        the lesion over the lesion's share of the head: 1 is chance, above it the map prefers the
-        lesion.
+        the lesion over the lesion's share of the head: 1 is a map spread evenly over the head,
+        less one that lies beside it.
     """
     area = lesions.sum(axis=(1, 2)) / np.maximum((heads | lesions).sum(axis=(1, 2)), 1)  # (N,)
     there = np.where(area > 0, 1, np.nan)
@@ -570,13 +570,13 @@ def mean_cell(values: np.ndarray | None, of: np.ndarray, groups: np.ndarray) -> 
 ABOUT = (
     "Each map is scaled to its own maximum, so look at the strength first: it is in units of the "
     "class's score (logit), before scaling. Hottest point in the lesion: how often; a map of "
-    "nothing scores the lesion's share of the picture. Lesion's share of the map over its share of "
-    "the head: 1 is chance. Confidence left by deletion: the mean probability of the class while "
-    "the picture is taken away, hottest places first; beside it, random places first: no lower "
-    "means that the map does not show what the network needs. Agreement under small shifts: how "
-    "well the map stays with the head (1 is best). Intensity is the mean of the scaled map, area "
-    "the per cent of it above 0.5. Brackets: 95 % intervals over groups. A known lesion is "
-    "outlined in the scan."
+    "nothing scores the lesion's share of the picture. Lesion's share of the map over its share "
+    "of the head: 1 is a map spread evenly over the head. Confidence left by deletion: the mean "
+    "probability of the class while the picture is taken away, hottest places first; beside it, "
+    "random places first: no lower means that the map does not show what the network needs. "
+    "Agreement under small shifts: how well the map stays with the head (1 is best). Intensity is "
+    "the mean of the scaled map, area the per cent of it above 0.5. Brackets: 95 % intervals over "
+    "groups. A known lesion is outlined in the scan."
 )
 STYLE = """
 body { font: 16px/1.45 system-ui, sans-serif; color: #1f2937; max-width: 72rem; margin: 0 auto;

@@ -585,7 +585,7 @@ def finish_classifier(
     files |= evaluate.result_files(test, probs["test"], *how)
     later = [name for name in sorted(study.tasks) if name > task.name]
     flags = data_flags(args) + (["--encoder", str(args.encoder)] if args.encoder else [])
-    following = ["evaluate", *data_flags(args), "--model", str(out / "classifier.pt")]
+    following = ["explain", *data_flags(args), "--model", str(out / "classifier.pt")]
     again = args.command == "probe" and later
     conclude(out, files, ["probe", *flags, "--task", later[0]] if again else following)
 
@@ -709,7 +709,7 @@ def asked_pictures(args: argparse.Namespace, checkpoint: dict) -> Asked:
         owners = [m[1] if (m := data.SLICE.match(pictures.paths[r])) else str(r) for r in rows]
         return Asked(Path(), pictures, rows, None, np.unique(owners, return_inverse=True)[1])
     study, name = load_data(args, size), args.task or checkpoint["task"]
-    if name not in study.tasks and not args.task:  # loose pictures
+    if not study.tasks and not args.task:  # loose pictures
         rows = readable(study.pictures)
         return Asked(args.data, study.pictures, rows, None, study.groups[rows])
     task, _ = heads.unseen_part(study, study.task(name), checkpoint["seen"].numpy(), False)
@@ -729,10 +729,8 @@ def explain(args: argparse.Namespace) -> None:
         raise data.UserError(f"{text} earlier one, such as --layer layer{int(args.layer[-1]) - 1}")
     root, pictures, rows, labels, groups = asked_pictures(args, checkpoint)
     paths = [pictures.paths[row] for row in rows]
-    files = [
-        f"{i:05d}-{re.sub('[^A-Za-z0-9-]+', '-', Path(p).stem)[:60]}.png"
-        for i, p in enumerate(paths)
-    ]
+    stems = [re.sub("[^A-Za-z0-9-]+", "-", Path(path).stem)[:60] for path in paths]
+    files = [f"{i:05d}-{stem}.png" for i, stem in enumerate(stems)]
     found, where = [], (f"encoder.{args.layer}", simclr.STRIDES[args.layer])
     model = heads.joined(encoder, head).to(device)
     random = heads.untrained_classifier(checkpoint).to(device)
@@ -755,17 +753,10 @@ def explain(args: argparse.Namespace) -> None:
     probs = np.concatenate([one.probs for one in found])
     shown = gradcam.Shown(name, classes, paths, files, labels, groups, probs, measures)
     report = gradcam.report(shown, f"maps of {args.layer}", check)
-    config = {"command": "explain", "model": str(args.model.resolve()), "layer": args.layer}
     page = gradcam.gallery(shown, report, lambda file: (out / file).read_bytes())
-    conclude(
-        out,
-        {
-            "report.txt": report,
-            "explain.csv": shown.table(),
-            "index.html": page,
-            "config.json": config | {"device": text},
-        },
-    )
+    written = {"report.txt": report, "explain.csv": shown.table(), "index.html": page}
+    config = {"command": "explain", "model": str(args.model.resolve()), "layer": args.layer}
+    conclude(out, written | {"config.json": config | {"device": text}})
 
 
 def embed(args: argparse.Namespace) -> None:
@@ -943,13 +934,8 @@ def declare_training_flags(flag: Callable) -> None:
     text += f"on val of {', '.join(f'{lr:g}' for lr in heads.SCRATCH_LRS)})"
     part("finetune", "--lr", type=positive, help=text)
     text = "shares of the training groups whose labels are used"
-    share = {
-        "type": number(float, 1e-12, 1),
-        "nargs": "+",
-        "default": [0.01, 0.1, 1.0],
-        "metavar": "SHARE",
-    }
-    part("compare", "--label-fractions", **share, help=text)
+    few = {"nargs": "+", "default": [0.01, 0.1, 1.0], "metavar": "SHARE", "help": text}
+    part("compare", "--label-fractions", type=number(float, 1e-12, 1), **few)
     text = "how often each is fitted, each time on other groups and from other weights"
     part("compare", "--seeds", type=number(int, 1), default=3, help=text)
     text = "learning rate at the start; halve it if the loss turns NaN"

@@ -229,6 +229,65 @@ def test_where_nothing_speaks_for_the_class_the_map_is_zero_and_not_nan():
     assert (cam.raw == 0).all() and (maps == 0).all()
 
 
+@pytest.mark.parametrize("stage", ["layer1", "layer2"])
+def test_a_resnets_place_looks_at_the_pixel_its_stride_says(stage):
+    """By the gradient of a place in the middle: its centroid is at stride x place, not half on."""
+    encoder, stride, images = simclr.resnet18().eval(), simclr.STRIDES[stage], noise(4, 192)
+    kept = []
+    encoder.get_submodule(stage).register_forward_hook(lambda m, i, o: kept.append(o))
+    encoder(images.requires_grad_())
+    place = 96 // stride
+    (slope,) = torch.autograd.grad(kept[0][:, :, place, place].sum(), images)
+    seen = slope.abs().mean(dim=(0, 1))
+    centre = [
+        float((seen.sum(dim=axis) * torch.arange(192.0)).sum() / seen.sum()) for axis in (0, 1)
+    ]
+    assert max(abs(c - 96) for c in centre) < (stride - 1) / 4  # (stride - 1) / 2 is the other rule
+
+
+def test_enlarging_by_a_stride_puts_places_on_their_pixels():
+    raw = torch.rand(2, 4, 5)
+    maps = gradcam.enlarge(raw, (32, 40), 8)
+    assert torch.allclose(maps[:, ::8, ::8], raw, atol=1e-6)
+    assert torch.allclose(maps[:, 4, 8], (raw[:, 0, 1] + raw[:, 1, 1]) / 2, atol=1e-6)
+    assert torch.allclose(maps[:, 31, 39], raw[:, 3, 4], atol=1e-6)  # behind the last: like it
+    plain = F.interpolate(raw[:, None], (32, 40), mode="bilinear", align_corners=False)[:, 0]
+    assert torch.equal(gradcam.enlarge(raw, (32, 40)), plain)
+
+
+def test_moving_is_whole_pixels_and_fills_with_the_corner():
+    x = torch.arange(1.0, 13).view(1, 3, 4)
+    assert gradcam.move(x, 1, 0)[0].tolist() == [[1, 1, 2, 3], [1, 5, 6, 7], [1, 9, 10, 11]]
+    assert gradcam.move(x, 0, -1)[0].tolist() == [[5, 6, 7, 8], [9, 10, 11, 12], [1, 1, 1, 1]]
+    assert torch.equal(gradcam.move(gradcam.move(x, 1, 1), -1, -1)[:, :2, :3], x[:, :2, :3])
+
+
+def test_fine_maps_point_between_the_places():
+    """A dot, and a network that sees it in squares of 8 pixels: fine maps halve the error."""
+
+    class Coarse(nn.Module):
+        """Class 1 is how bright the brightest pixel around each place is."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.look = nn.MaxPool2d(9, stride=8, padding=4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen = self.look(x).mean(dim=(1, 2, 3))
+            return torch.stack([-seen, seen], dim=1)
+
+    errors, ones = {"plain": [], "fine": []}, torch.ones(1, dtype=torch.int64)
+    with GradCAM(Coarse(), "look", stride=8) as cam:
+        for at in range(20, 44):
+            images = torch.zeros(1, 1, 64, 64)
+            images[0, 0, at, at] = 1
+            both = {"plain": cam(images, 1), "fine": gradcam.fine_maps(cam, images, ones)}
+            for name, maps in both.items():
+                row = (maps[0] == maps[0].max()).nonzero().float().mean(dim=0)[0]
+                errors[name].append(abs(float(row) - at))
+    assert max(errors["plain"]) <= 4 and max(errors["fine"]) <= 2
+
+
 # ---------------------------------------------------------------------------------------------
 # Measures
 # ---------------------------------------------------------------------------------------------
@@ -332,7 +391,8 @@ def test_a_map_that_moves_with_the_picture_agrees_and_one_that_does_not_does_not
     ones, found = torch.ones(2, dtype=torch.int64), {}
     for kind in (Moving, Stuck):
         with GradCAM(kind(), "look") as cam:
-            found[kind] = gradcam.shift_agreement(cam, images, cam(images, 1), ones)
+            maps = gradcam.fine_maps(cam, images, ones)
+            found[kind] = gradcam.shift_agreement(cam, images, maps, ones)
     assert torch.allclose(found[Moving], torch.ones(2, dtype=torch.float64), atol=1e-6)
     assert (found[Stuck].abs() < 0.2).all()
 
@@ -360,7 +420,10 @@ def explained(lesions: bool = True) -> tuple[gradcam.Explained, np.ndarray]:
     pictures = np.stack([data.fit_square(picture, 64) for picture, _ in drawn])
     marks = np.stack([data.lesion_of(None, path, 64) for path in paths])
     x = heads.scaled(pictures, {"mean": 0.5, "std": 0.5}, torch.device("cpu"))
-    with GradCAM(model, "encoder.layer3") as cam, GradCAM(other, "encoder.layer3") as untrained:
+    with (
+        GradCAM(model, "encoder.layer3", 16) as cam,
+        GradCAM(other, "encoder.layer3", 16) as untrained,
+    ):
         how = x, marks & lesions, torch.Generator().manual_seed(0)
         return gradcam.explain(cam, untrained, pictures, *how), pictures
 
