@@ -17,9 +17,13 @@ lesion is known, a map can simply be wrong or right.
 Shape letters: N pictures in a batch (slices) · C channels of the layer · h, w its places ·
 H, W pixels (S where they are squares) · K classes.
 
-Departures from the paper: y_k is the score before the softmax, as there; the gradient is asked for
-by `torch.autograd.grad` at a leaf that the forward hook puts in, instead of by a backward hook,
-because backward() would also add to the gradients of every parameter.
+Departures from the paper:
+  - the gradient is asked for by `torch.autograd.grad`, at a leaf that the forward hook puts in,
+    instead of by a backward hook: backward() would add to the gradients of every parameter;
+  - a place of a ResNet looks at the pixel stride x place, and its map is put there, not half a
+    place to the lower right; and `explain` averages the maps of four slightly moved pictures, which
+    makes them twice as fine. The hottest point was in a phantom's lesion in 0.28 of the val part
+    as published, 0.47 in its place, 0.56 with both (README).
 
 Next: main.py
 """
