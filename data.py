@@ -39,7 +39,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, permutations
@@ -57,6 +57,7 @@ from torch.utils.data import DataLoader
 THUMBNAIL = 32  # pixels a side: enough to know a head again, too few to see the noise
 TWIN_COSINE = 0.98  # finds exactly 200 groups, its people, in the Kaggle Alzheimer set
 MAX_UNREADABLE = (5, 0.01)  # more than five *and* more than 1 % unreadable pictures stop a run
+MAX_BYTES = 1 << 28  # of a picture's file: 89 megapixels of three colours, not compressed
 FEW = 64  # so few pictures are decoded before other processes have started
 SKETCH = 128  # directions that tell most thumbnails apart, before all 1,024 pixels are compared
 BLOCK = 128  # thumbnails compared with all others at once
@@ -87,18 +88,36 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
 
     Yields:
         A binary file, open for reading and writing.
+
+    Raises:
+        UserError: it cannot be written: the disk is full, or the folder read-only, or gone.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # a rename can reach the disk before the bytes it names
         os.replace(beside, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save turns what its file raised into an error of its own
+        why = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(why, OSError):
+            raise
+        raise unwritable(path, why) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """What to tell the user whose disk is full, or whose folder is read-only, or gone."""
+    return UserError(
+        f"{path} cannot be written ({error.strerror or error}); what stood there before is as it "
+        "was: make room, or give another place, then type the same command"
+    )
 
 
 @contextmanager
@@ -110,10 +129,13 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
         wait: until another process lets go of it; else that is an error.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder, os.O_RDONLY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise unwritable(folder, error) from error
     try:
         fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
@@ -400,7 +422,7 @@ def read_gray(path: str | Path) -> np.ndarray:
 
 NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8"}  # a NIfTI-1 header's data types
 NIFTI_TYPES |= {256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
-MAX_VOXELS = 1 << 28  # 1 GiB of float32
+MAX_VOXELS = 1 << 27  # 512^3: half a GiB of float32
 
 
 def read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -439,8 +461,9 @@ def read_nifti(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         file.seek(int(offset))
         voxels = file.read(count * kind.itemsize)  # no more, whatever else would unpack
     volume = np.frombuffer(voxels, kind, count).reshape(shape, order="F")
-    if slope and math.isfinite(slope):  # 0 and nan say: the voxels are the values
-        volume = volume * slope + (inter if math.isfinite(inter) else 0.0)
+    inter = inter if math.isfinite(inter) else 0.0
+    if slope and math.isfinite(slope) and (slope, inter) != (1, 0):  # 0, nan: they are the values
+        volume = volume * slope + inter
     affine, pixdim = np.eye(4), np.array(field(76, "f4", 8))
     qform, sform = field(252, "i2", 2)
     if sform > 0:  # a matrix
@@ -519,7 +542,9 @@ def volume_slices(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
     low, high = map(
         float, np.percentile(volume[finite], WINDOW)
     )  # numpy's would make float64 of all
-    gray = ((np.where(finite, volume, low) - low) / max(high - low, 1e-12)).clip(0, 1)
+    if low == high:
+        raise ValueError("there is nothing in it: its gray values are the same nearly everywhere")
+    gray = ((np.where(finite, volume, low) - low) / (high - low)).clip(0, 1)
     full = (gray > 0.1).sum(axis=(0, 1))  # (Z,) pixels with something in them
     for z in np.flatnonzero(full > NEAR_EMPTY * full.max()):
         yield f"{classes[z]}{z}", axial((gray[..., z] * 255).round().astype(np.uint8), affine)
@@ -702,6 +727,9 @@ def decode_part(job: tuple[Path | None, str, int, bytes, int]) -> bytes | Except
     root, path, group, key, size = job
     rows = []
     try:
+        limit = MAX_BYTES + 8 * MAX_VOXELS * bool(VOLUME.search(path))
+        if root and not SHARD.search(path) and (count := os.stat(root / path).st_size) > limit:
+            raise ValueError(f"{count:,} bytes, where at most {limit:,} are read")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata is nobody's concern, but a picture of
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # > 89 megapixels is out
@@ -769,15 +797,18 @@ def decode(
     batch = max(1, min(16, len(jobs) // (4 * cores + 1)))
     results = chain.from_iterable(DataLoader(jobs, batch, collate_fn=decode_parts, **workers))
     results = progress(results, total=len(jobs), desc="decode", unit="file")
-    with open(file, "ab") as out:
-        for (*_, key, _), rows in zip(jobs, results, strict=True):
-            if isinstance(rows, UserError):
-                raise rows
-            if isinstance(rows, Exception):
-                failed[key] = f"{type(rows).__name__}: {rows}"
-            else:
-                out.write(rows)
-                out.flush()
+    try:
+        with open(file, "ab") as out:
+            for (*_, key, _), rows in zip(jobs, results, strict=True):
+                if isinstance(rows, UserError):
+                    raise rows
+                if isinstance(rows, Exception):
+                    failed[key] = f"{type(rows).__name__}: {rows}"
+                else:
+                    out.write(rows)
+                    out.flush()
+    except OSError as error:  # what is written stays, and the next start goes on behind it
+        raise unwritable(file, error) from error
     cached, known = map_rows(file, size)
     names, whys = ([*cached[field].tolist(), b""] for field in ("name", "why"))  # b"" for row -1
     paths, place, bad = [], [], {}

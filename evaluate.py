@@ -25,6 +25,7 @@ Next: heads.py
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -763,6 +764,15 @@ def leak_caption(leaked: Sequence[str]) -> str:
     return f"LEAKED: {len(leaked)} test pictures or their groups were trained on" if leaked else ""
 
 
+def harmless(cell: object) -> object:
+    """A cell of a table; in front of a text that a spreadsheet would compute, such as =1+1.png, ./.
+
+    The path means the same then. Numbers may begin with a sign.
+    """
+    formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"./{cell}" if formula and not re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", cell) else cell
+
+
 def as_bytes(name: str, value: object) -> bytes:
     """The contents of a file.
 
@@ -776,7 +786,7 @@ def as_bytes(name: str, value: object) -> bytes:
         return file.getvalue()
     if name.endswith(".csv"):
         table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows(value)
+        csv.writer(table, lineterminator="\n").writerows([*map(harmless, row)] for row in value)
         value = table.getvalue()
     elif name.endswith(".json"):
         value = json.dumps(value, indent=2) + "\n"

@@ -585,7 +585,7 @@ def finetune(
             loss = F.cross_entropy(logits, targets)
             run.optimizer.zero_grad()
             loss.backward()
-            run.optimizer.step()
+            run.update(loss, lr)
             right = (logits.argmax(dim=1) == targets).float().mean()
             run.sums += torch.stack([loss.detach(), right, torch.zeros_like(right)])
             run.step += 1
@@ -977,9 +977,17 @@ def load_classifier(path: Path) -> tuple[simclr.ResNet, nn.Module, dict]:
     if checkpoint.get("head_type") not in HEADS:
         text = f"{path} holds no classifier (head_type {checkpoint.get('head_type')!r})"
         raise data.UserError(f"{text}; python main.py probe writes a classifier.pt")
-    head_type = HEADS[checkpoint["head_type"]]
-    head = head_type(checkpoint["feature_dim"], len(checkpoint["classes"]))
-    head.load_state_dict(checkpoint["head"])
+    try:
+        task, classes = checkpoint["task"], checkpoint["classes"]
+        if Path(task).name != task or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"its task {task!r} or its classes are no names")
+        head = HEADS[checkpoint["head_type"]](checkpoint["feature_dim"], len(classes))
+        head.load_state_dict(checkpoint["head"])
+        if not all(value.isfinite().all() for value in checkpoint["head"].values()):
+            raise ValueError("its head's weights are no finite numbers")
+    except Exception as error:  # a file that is not ours may lack or break anything
+        text = f"{path} cannot be used as a classifier.pt ({simclr.reason(error)})"
+        raise data.UserError(text) from error
     return encoder, head.eval(), checkpoint
 
 

@@ -25,6 +25,7 @@ import platform
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -184,6 +185,11 @@ def readable(pictures: data.Pictures) -> np.ndarray:
     return rows
 
 
+def one_line(text: object) -> str:
+    """A text without control characters: a file's name may hold line breaks, and worse."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 def data_flags(args: argparse.Namespace) -> list[str]:
     """The words that make the next command read the same data in the same way."""
     words = ["--data", str(args.data)] if args.data else []
@@ -210,8 +216,31 @@ def run_config(
     config |= {"resplit": args.resplit, **values, **(asdict(settings) if settings else {})}
     config |= {"device": machine.device.type, "precision": "bf16" if machine.bf16 else "fp32"}
     config |= {"processes": PROCESSES, "threads": torch.get_num_threads()}
+    return config | origin(args)
+
+
+def origin(args: argparse.Namespace) -> dict:
+    """What a run is repeated from: the words that were typed, the code's commit, the versions."""
     versions = {module.__name__: str(module.__version__) for module in (torch, np, PIL)}
-    return config | {"versions": versions | {"python": platform.python_version()}}
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    return {
+        "typed": args.typed,
+        "folder": str(Path.cwd()),
+        "commit": commit,
+        "versions": versions | {"python": platform.python_version()},
+    }
 
 
 def write(out: Path, files: dict[str, object]) -> None:
@@ -678,12 +707,12 @@ def predict(args: argparse.Namespace) -> None:
     images, classes = pictures.squares(rows), checkpoint["classes"]
     probs = heads.classify(encoder, head, checkpoint, images, classes, *machine[:2])
     table = evaluate.prediction_table([pictures.paths[row] for row in rows], probs, classes)
-    wide = max(len(path) for path, *_ in table)
+    wide = max(len(one_line(path)) for path, *_ in table)
     for path, called, *shares in table:  # the header, and then pictures, to four digits
         shown = shares if path == "path" else [f"{float(share):.4f}" for share in shares]
-        print(f"{path:{wide}}  {called:>12}", *(f"{share:>14}" for share in shown))
+        print(f"{one_line(path):{wide}}  {called:>12}", *(f"{share:>14}" for share in shown))
     config = {"command": "predict", "model": str(args.model.resolve()), "device": machine.text}
-    conclude(out, {"predictions.csv": table, "config.json": config})
+    conclude(out, {"predictions.csv": table, "config.json": config | origin(args)})
 
 
 class Asked(NamedTuple):
@@ -756,7 +785,7 @@ def explain(args: argparse.Namespace) -> None:
     page = gradcam.gallery(shown, report, lambda file: (out / file).read_bytes())
     written = {"report.txt": report, "explain.csv": shown.table(), "index.html": page}
     config = {"command": "explain", "model": str(args.model.resolve()), "layer": args.layer}
-    conclude(out, written | {"config.json": config | {"device": text}})
+    conclude(out, written | {"config.json": config | {"device": text} | origin(args)})
 
 
 def embed(args: argparse.Namespace) -> None:
@@ -830,6 +859,10 @@ def pattern(text: str) -> re.Pattern:
     return found
 
 
+SMALLER = {  # what to give where memory does not suffice
+    "pretrain": "a --chunk-size below the batch size (64, say), or a smaller --image-size",
+    "finetune": "a smaller --image-size, with --from-scratch or to pretrain",
+}
 COMMANDS = {  # what runs, and what it holds out
     "data": (survey, "nothing, it trains nothing; its table shows val, test and dropped."),
     "pretrain": (pretrain, "the val and test groups of every task below --data."),
@@ -962,6 +995,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")
     try:
         args = build_parser().parse_args(argv)
+        args.typed = list(sys.argv[1:] if argv is None else argv)
         if PROCESSES > 1 and args.command != "pretrain":
             raise data.UserError(f"{args.command} runs in one process: start it without torchrun")
         if args.command == "finetune" and not (args.from_scratch or args.init):
@@ -977,7 +1011,14 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args)
     except data.UserError as error:
         if not RANK:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        short = re.search("out of memory|can't allocate|not enough memory", str(error))
+        if not short and not isinstance(error, MemoryError):
+            raise
+        mend = SMALLER.get(args.command, "fewer pictures at once, or an encoder of smaller ones")
+        print(f"error: out of memory ({simclr.reason(error)}); give {mend}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

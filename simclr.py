@@ -31,7 +31,11 @@ Next: evaluate.py
 
 import hashlib
 import math
+import pickle
+import re
 import time
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -56,6 +60,7 @@ RUN_FILES = (
     "config.json",
 )
 PROJECTION = 128  # D
+MOST_PIXELS = 4096  # a side: of a larger image_size a single picture's activations take gigabytes
 IMAGENET_SCALING = (0.449, 0.226)  # mean and std of ImageNet's pixels, over its three channels
 STATISTICS = ("loss", "contrastive_accuracy", "embedding_std")  # that pretraining adds up
 RUN_STATE = ("step", "sums", "seconds", "records", "best")  # what a Run counts
@@ -64,7 +69,8 @@ CHECKPOINT_SHARE = 0.01  # and at most this share of the time is spent on writin
 DEVICE_SHARE = 0.25  # of a GPU's free memory, for the pictures; where they need more, they stream
 # What may change between two starts of a run: it moves the speed and the last bits of the result
 # (and processes on CPUs, which have a batch norm each, a little more).
-FREE = {"data", "device", "processes", "threads", "versions", "encoder", "pretraining"}
+FREE = {"data", "device", "processes", "threads", "encoder", "pretraining"}
+FREE |= {"typed", "folder", "commit", "versions"}
 
 # ---------------------------------------------------------------------------------------------
 # The encoder: a ResNet (He et al., arXiv 1512.03385), with torchvision's parameter names
@@ -485,6 +491,30 @@ class Run:
         now = time.perf_counter()
         self.seconds, self.since = self.seconds + now - self.since, now
 
+    def update(self, loss: Tensor, lr: float) -> None:
+        """Let the optimiser take its step, if loss and gradients are numbers.
+
+        Args:
+            loss: (), of the batch whose gradients are in place.
+            lr: to tell.
+
+        Raises:
+            UserError: they are not; the weights are as they were before the step.
+        """
+        norm = nn.utils.get_total_norm([p.grad for p in self.networks.parameters()])
+        if not math.isfinite(
+            loss.detach() + norm
+        ):  # waits for the device: nothing is spoiled meanwhile
+            loss = float(loss.detach())
+            slower = f"a lower learning rate (--lr {lr / 2:.2g})"
+            raise data.UserError(
+                f"the loss is {loss:.4g} and its gradients' norm {float(norm):.4g} in step "
+                f"{self.step + 1} of epoch {len(self.records) + 1} at learning rate {lr:.2g}; "
+                "the weights were not changed, and what was saved before is as it was; try "
+                f"{slower}{' or --precision fp32' * self.bf16}, with --restart or another --out"
+            )
+        self.optimizer.step()
+
     @property
     def finished(self) -> bool:
         """Whether all epochs are done."""
@@ -500,13 +530,21 @@ class Run:
         }
 
     def restore(self, state: dict) -> None:
-        """Go back to where `state` was taken."""
-        for name, network in self.networks.items():
-            network.load_state_dict(state[name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name in RUN_STATE:
-            setattr(self, name, state[name])
-        self.sums = self.sums.to(self.device, copy=True)
+        """Go back to where `state` was taken.
+
+        Raises:
+            UserError: it is of another run, in part or as a whole.
+        """
+        try:
+            for name, network in self.networks.items():
+                network.load_state_dict(state[name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for name in RUN_STATE:
+                setattr(self, name, state[name])
+            self.sums = self.sums.to(self.device, copy=True)
+        except Exception as error:  # a state that is not ours may lack or break anything
+            text = f"checkpoint.pt cannot be resumed ({reason(error)}); --restart begins anew"
+            raise data.UserError(text) from error
 
 
 def pretraining(
@@ -652,7 +690,7 @@ def pretrain(
                 loss = nt_xent(z_a, z_b, settings.temperature)
                 loss.backward()
             add_up_gradients(networks)
-            run.optimizer.step()
+            run.update(loss, lr)
             run.sums += torch.stack([loss.detach(), *contrastive_statistics(z_a, z_b)])
             run.step += 1
             run.tick()
@@ -664,19 +702,11 @@ def finish_epoch(run: Run, lr: float, names: Sequence[str]) -> dict[str, float]:
 
     Args:
         lr: of the last step.
-        names: of what the run's sums add up; the first is a loss.
-
-    Raises:
-        UserError: the loss is no finite number; what was saved before is as it was.
+        names: of what the run's sums add up.
     """
     means = (run.sums / run.steps).tolist()  # waits for the device; the clock comes after
     run.tick()
     record = {"epoch": len(run.records) + 1, "lr": lr, **dict(zip(names, means, strict=False))}
-    if not math.isfinite(means[0]):
-        raise data.UserError(
-            f"the loss became {means[0]} in epoch {record['epoch']} at learning rate {lr:.2g}; "
-            "what was saved before is as it was; start again with --restart and a lower --lr"
-        )
     speed = run.steps * run.batch / run.seconds
     record |= {"images_per_second": speed, "seconds": run.seconds}
     run.records, run.step, run.seconds = [*run.records, record], 0, 0.0
@@ -691,7 +721,36 @@ def finish_epoch(run: Run, lr: float, names: Sequence[str]) -> dict[str, float]:
 
 def reason(error: Exception) -> str:
     """The first line of what an exception says."""
+    if isinstance(error, KeyError):  # it says the key alone
+        return f"it has no {error}"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def load_plain(path: str | Path) -> dict:
+    """Read a checkpoint of tensors and plain values; nothing else in it is ever unpickled.
+
+    Raises:
+        OSError, ValueError, RuntimeError, pickle.UnpicklingError...: it is damaged (the sums of a
+            zip file's parts tell), would unpack to more than it is, or holds anything else.
+    """
+    if zipfile.is_zipfile(path):  # torch.save's format; it compresses nothing
+        with zipfile.ZipFile(path) as parts:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                raise ValueError("it is compressed, which no checkpoint is")
+            if damaged := parts.testzip():
+                raise ValueError(f"{damaged} in it is damaged")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of pickles that are none of torch's
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own text says how to run it all the same
+        found = re.search(r"GLOBAL (\S+)|(operand)", str(error))  # operand: of other pickles
+        if not found:
+            raise ValueError("it is damaged, or no file of torch's") from error
+        what = f"it holds {found[1] or 'a pickle of another program'}, which could run code"
+        raise ValueError(f"{what}, and was not unpickled") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"it holds a {type(checkpoint).__name__}, no dict")
+    return checkpoint
 
 
 def digest(network: nn.Module) -> str:
@@ -775,7 +834,7 @@ def read_checkpoint(out: Path, config: dict) -> dict | None:
     if path is None:
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_plain(path)
         before = state["config"]
         if not state.keys() & {"sums", "cells", "seen"}:
             raise ValueError("it holds a config alone")
@@ -811,6 +870,29 @@ def open_run(held: ExitStack, out: Path, config: dict, restart: bool) -> dict | 
     return read_checkpoint(out, config)
 
 
+def check_encoder(checkpoint: dict) -> None:
+    """See that what `encoder_checkpoint` describes is there, of its type, and possible.
+
+    Raises:
+        ValueError: something is not; KeyError: something is missing.
+    """
+    kinds = {"arch": str, "encoder": dict, "feature_dim": int, "image_size": int, "mean": float}
+    kinds |= {"std": float, "epoch": int, "config": dict, "seen": Tensor}
+    for key, kind in kinds.items():
+        if not isinstance(checkpoint[key], kind):
+            raise ValueError(f"its {key} is a {type(checkpoint[key]).__name__}, no {kind.__name__}")
+    seen, (mean, std) = checkpoint["seen"], (checkpoint[key] for key in ("mean", "std"))
+    possible = {
+        "arch": checkpoint["arch"] in ARCHITECTURES,
+        "image_size": 1 <= checkpoint["image_size"] <= MOST_PIXELS,
+        "mean or std": math.isfinite(mean) and 0 < std < math.inf,
+        "seen": seen.dtype == torch.uint8 and seen.shape[1:] == (16,),
+        "encoder": all(value.isfinite().all() for value in checkpoint["encoder"].values()),
+    }
+    if wrong := [key for key, fine in possible.items() if not fine]:
+        raise ValueError(f"its {wrong[0]} cannot be: {str(checkpoint.get(wrong[0]))[:40]!r}")
+
+
 def load_encoder(path: Path) -> tuple[ResNet, dict]:
     """Read encoder.pt (or classifier.pt, which holds one) into a ResNet on the CPU.
 
@@ -824,11 +906,14 @@ def load_encoder(path: Path) -> tuple[ResNet, dict]:
         UserError: the file is missing, or is not such a checkpoint.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_plain(path)
         if "arch" not in checkpoint:
             raise ValueError(f"it holds {', '.join(map(str, checkpoint))}; encoder.pt is beside it")
+        check_encoder(checkpoint)
         encoder = ARCHITECTURES[checkpoint["arch"]]()
         encoder.load_state_dict(checkpoint["encoder"])
+        if checkpoint["feature_dim"] != encoder.feature_dim:
+            raise ValueError(f"its feature_dim is {checkpoint['feature_dim']}")
     except FileNotFoundError:
         raise data.UserError(
             f"no encoder at {path}; make one with: python main.py pretrain, and the same --data"
@@ -863,7 +948,7 @@ def init_encoder(arch: str, init: str) -> tuple[ResNet, float, float]:
 
             weights = get_model_weights(arch).DEFAULT.get_state_dict(check_hash=True)
         else:
-            weights = torch.load(init, map_location="cpu", weights_only=True)
+            weights = load_plain(init)
         if "encoder" in weights:  # what it has seen would be forgotten
             raise ValueError(
                 "it is one of ours, which probe, finetune and compare take as --encoder"

@@ -228,7 +228,7 @@ def test_pretraining_repeats_to_the_bit_and_listens_to_the_seed():
 def test_encoder_checkpoint_survives_the_round_trip_and_names_what_is_wrong(tmp_path):
     encoder = simclr.resnet18()
     path = tmp_path / "encoder.pt"
-    simclr.save({"arch": "resnet18", "encoder": encoder.state_dict(), "epoch": 3}, path)
+    simclr.save(simclr.encoder_checkpoint(encoder, CONFIG, 3, torch.zeros(0, 16).byte()), path)
     loaded, checkpoint = simclr.load_encoder(path)
     assert checkpoint["epoch"] == 3
     assert torch.equal(loaded.layer4[1].conv2.weight, encoder.layer4[1].conv2.weight)
