@@ -169,7 +169,9 @@ class GradCAM:
         return scaled(enlarge(self.raw, images.shape[-2:], self.stride))
 
 
-def enlarge(raw: Tensor, shape: Sequence[int], stride: int | None = None) -> Tensor:
+def enlarge(
+    raw: Tensor, shape: Sequence[int], stride: int | None = None, moved: tuple[int, int] = (0, 0)
+) -> Tensor:
     """Maps (N, h, w), enlarged bilinearly to (N, *shape).
 
     Args:
@@ -177,10 +179,12 @@ def enlarge(raw: Tensor, shape: Sequence[int], stride: int | None = None) -> Ten
             stage of a ResNet, whose convolutions pad alike on both sides and then skip. None =
             places of equal size fill the picture, as is mostly assumed; that moves a ResNet's maps
             by half a place to the lower right.
+        moved: by how many pixels, down and right, the picture had been moved; the map is moved
+            back. Beyond the outer places it goes on as it ends.
     """
     if not stride:
         return F.interpolate(raw[:, None], tuple(shape), mode="bilinear")[:, 0]
-    pixels = (torch.arange(n, device=raw.device) for n in shape)
+    pixels = (torch.arange(n, device=raw.device) + m for n, m in zip(shape, moved, strict=True))
     # Pixel x is at place x / stride; grid_sample has -1 and 1 at the outer rims of h and w places.
     y, x = ((2 * p / stride + 1) / n - 1 for p, n in zip(pixels, raw.shape[1:], strict=True))
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (H, W, 2)
@@ -217,7 +221,7 @@ def fine_maps(cam: GradCAM, images: Tensor, classes: Tensor) -> Tensor:
     for right in (-quarter, quarter):
         for down in (-quarter, quarter):
             cam(move(images, right, down), classes)
-            total = total + move(enlarge(cam.raw, images.shape[-2:], cam.stride), -right, -down)
+            total = total + enlarge(cam.raw, images.shape[-2:], cam.stride, (down, right))
     return total / 4
 
 

@@ -251,6 +251,9 @@ def test_enlarging_by_a_stride_puts_places_on_their_pixels():
     assert torch.allclose(maps[:, ::8, ::8], raw, atol=1e-6)
     assert torch.allclose(maps[:, 4, 8], (raw[:, 0, 1] + raw[:, 1, 1]) / 2, atol=1e-6)
     assert torch.allclose(maps[:, 31, 39], raw[:, 3, 4], atol=1e-6)  # behind the last: like it
+    back = gradcam.enlarge(raw, (32, 40), 8, (2, -3))  # of a picture moved 2 down and 3 left
+    assert torch.allclose(back[:, :-2, 3:], maps[:, 2:, :-3], atol=1e-6)
+    assert torch.allclose(back[:, :, :3], back[:, :, 3:4], atol=1e-6)  # no frame at the rim
     plain = F.interpolate(raw[:, None], (32, 40), mode="bilinear", align_corners=False)[:, 0]
     assert torch.equal(gradcam.enlarge(raw, (32, 40)), plain)
 
