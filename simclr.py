@@ -502,16 +502,14 @@ class Run:
             UserError: they are not; the weights are as they were before the step.
         """
         norm = nn.utils.get_total_norm([p.grad for p in self.networks.parameters()])
-        if not math.isfinite(
-            loss.detach() + norm
-        ):  # waits for the device: nothing is spoiled meanwhile
-            loss = float(loss.detach())
-            slower = f"a lower learning rate (--lr {lr / 2:.2g})"
+        numbers = torch.stack([loss.detach(), norm])
+        if not numbers.isfinite().all():  # waits for the device; the optimiser waits for this
+            low = f"a lower learning rate (--lr {lr / 2:.2g})" + " or --precision fp32" * self.bf16
             raise data.UserError(
-                f"the loss is {loss:.4g} and its gradients' norm {float(norm):.4g} in step "
+                f"the loss is {numbers[0]:.4g} and its gradients' norm {norm:.4g} in step "
                 f"{self.step + 1} of epoch {len(self.records) + 1} at learning rate {lr:.2g}; "
                 "the weights were not changed, and what was saved before is as it was; try "
-                f"{slower}{' or --precision fp32' * self.bf16}, with --restart or another --out"
+                f"{low}, with --restart or another --out"
             )
         self.optimizer.step()
 

@@ -1,0 +1,241 @@
+"""Plant small faults, one by one, and see that each turns a test red.
+
+    python tests/mutants.py
+
+A test that nothing can fail proves nothing. Each fault below is a change of a line or two to a copy
+of the code, on which the named tests have to fail; without it they pass, or the suite would be red.
+`.ci/run` runs this after the suite.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+# Imported before the processes part, so that each of them starts in no time.
+import numpy  # noqa: F401
+import pytest
+import torch  # noqa: F401
+
+HERE = Path(__file__).parent.parent
+
+
+class Fault(NamedTuple):
+    """One planted fault."""
+
+    what: str
+    file: str
+    old: str  # stands in the file once
+    new: str
+    test: str  # tests/test_<test>.py
+    named: str  # tests of that file, as pytest's -k takes them
+
+
+FAULTS = [
+    Fault(
+        "self-mask dropped",
+        "simclr.py",
+        "logits = logits.masked_fill(itself, -torch.inf)",
+        "pass",
+        "simclr",
+        "xent",
+    ),
+    Fault(
+        "positives shifted by one",
+        "simclr.py",
+        "device=z.device).roll(N)  # (2N,), [N..2N-1, 0..N-1]",
+        "device=z.device).roll(N + 1)",
+        "simclr",
+        "xent",
+    ),
+    Fault(
+        "temperature forgotten",
+        "simclr.py",
+        "logits = z @ z.T / temperature",
+        "logits = z @ z.T",
+        "simclr",
+        "xent",
+    ),
+    Fault(
+        "bf16 logits",
+        "simclr.py",
+        "with torch.autocast(z_a.device.type, enabled=False):  # inside",
+        "with torch.autocast(z_a.device.type, torch.bfloat16):  # inside",
+        "simclr",
+        "xent",
+    ),
+    Fault(
+        "a group cut in two",
+        "heads.py",
+        'split[free & np.isin(local, mine[:n_test])] = "test"',
+        'split[np.flatnonzero(free & np.isin(local, mine[:n_test]))[1:]] = "test"',
+        "data",
+        "split or group",
+    ),
+    Fault(
+        "mirrors ignored",
+        "data.py",
+        "torch.maximum(straight, mirror) >= least",
+        "straight >= least",
+        "data",
+        "twin or mirror",
+    ),
+    Fault(
+        "the probed encoder left in train mode",
+        "heads.py",
+        "encoder.to(device, memory_format=layout).eval()",
+        "encoder.to(device, memory_format=layout).train()",
+        "heads",
+        "features or probe",
+    ),
+    Fault(
+        "ReLU skipped in Grad-CAM",
+        "gradcam.py",
+        "self.activation.detach().float()).relu()",
+        "self.activation.detach().float())",
+        "gradcam",
+        "cam or alpha",
+    ),
+    Fault(
+        "a map half a place to the lower right",
+        "gradcam.py",
+        "((2 * p / stride + 1) / n - 1",
+        "((2 * (p + 0.5) / stride) / n - 1",
+        "gradcam",
+        "enlarging",
+    ),
+    Fault(
+        "confusion matrix transposed",
+        "evaluate.py",
+        "np.bincount(labels * num_classes + preds,",
+        "np.bincount(preds * num_classes + labels,",
+        "evaluate",
+        "confusion",
+    ),
+    Fault(
+        "intervals resampled by picture",
+        "evaluate.py",
+        "_, member = np.unique(groups, return_inverse=True)",
+        "member = np.arange(len(groups))",
+        "evaluate",
+        "interval",
+    ),
+    Fault(
+        "learning-rate milestone off by one",
+        "heads.py",
+        "((epoch - 1) * 10 >= epochs * 6)",
+        "(epoch * 10 >= epochs * 6)",
+        "heads",
+        "milestones",
+    ),
+    Fault(
+        "resume without the optimiser",
+        "simclr.py",
+        '            self.optimizer.load_state_dict(state["optimizer"])\n',
+        "",
+        "simclr",
+        "restored",
+    ),
+    Fault(
+        "a no-grad gather",
+        "simclr.py",
+        "    parts[rank] = z\n",
+        "",
+        "simclr",
+        "two_processes",
+    ),
+    Fault(
+        "the best epoch chosen on the test part",
+        "main.py",
+        'for part in ("train", "val")]',
+        'for part in ("train", "test")]',
+        "main",
+        "finetune_writes",
+    ),
+    Fault(
+        "a spoilt step taken",
+        "simclr.py",
+        "if not numbers.isfinite().all():",
+        "if False:",
+        "robust",
+        "bursts and pretrain",
+    ),
+    Fault(
+        "a checkpoint's sums not checked",
+        "simclr.py",
+        "if damaged := parts.testzip():",
+        "if damaged := None:",
+        "robust",
+        "flipped",
+    ),
+    Fault(
+        "a checkpoint unpickled",
+        "simclr.py",
+        'torch.load(path, map_location="cpu", weights_only=True)',
+        'torch.load(path, map_location="cpu", weights_only=False)',
+        "robust",
+        "spoilt and code",
+    ),
+    Fault(
+        "a file written in its place",
+        "data.py",
+        'beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")',
+        "beside = path",
+        "robust",
+        "failing_write",
+    ),
+    Fault(
+        "a name not escaped in the page",
+        "gradcam.py",
+        "path, name = escape(shown.paths[i]),",
+        "path, name = shown.paths[i],",
+        "gradcam",
+        "escapes",
+    ),
+]
+
+
+def run(fault: Fault) -> int:
+    """Run a fault's tests in a process of its own, on a copy of the code; pytest's exit status."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = 99
+    try:
+        with tempfile.TemporaryDirectory() as place, open(os.devnull, "w") as nothing:
+            copy = Path(place) / "copy"
+            shutil.copytree(HERE / "tests", copy / "tests")
+            for module in HERE.glob("*.py"):
+                shutil.copy(module, copy)
+            text = (copy / fault.file).read_text()
+            if text.count(fault.old) != 1:
+                status = 98
+            else:
+                (copy / fault.file).write_text(text.replace(fault.old, fault.new))
+                os.chdir(copy)
+                os.dup2(nothing.fileno(), 1)
+                os.dup2(nothing.fileno(), 2)
+                asked = [f"tests/test_{fault.test}.py", "-k", fault.named]
+                status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *asked])
+    finally:
+        os._exit(int(status))
+
+
+def main() -> int:
+    """Plant all faults, or those whose names hold a given word; status 1 if one was not found."""
+    missed = 0
+    for fault in FAULTS:
+        if sys.argv[1:] and not any(word in fault.what for word in sys.argv[1:]):
+            continue
+        status = run(fault)
+        missed += status != 1  # 1: tests failed; all else: they passed, or did not even run
+        verdict = "found" if status == 1 else f"NOT FOUND (pytest's status {status})"
+        print(f"{fault.what:42} {verdict}", flush=True)
+    print(f"{missed} faults were not found" if missed else "every fault was found")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
