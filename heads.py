@@ -188,7 +188,7 @@ def make_task(collection: data.Collection, name: str, resplit: bool) -> Task:
     largest = int(np.bincount(groups[rows]).max(initial=0))
     dropped = split == "dropped"
     notes = {
-        "rule": "publisher's parts kept, cut by group" if kept.any() else "70/15/15 by group",
+        "rule": "publisher's parts kept, cut by group" if (kept != "").any() else "70/15/15 by group",
         "groups": len(np.unique(groups[rows])),
         "largest_group": largest,
         "largest_group_is_suspect": largest > max(CHAIN_SHARE * len(rows), CHAIN_LEAST),
@@ -820,7 +820,7 @@ def check_split(task: Task) -> None:
             if not (task.labels[task.split == part] == label).any():
                 n = len(np.unique(task.groups[task.labels == label]))
                 mend = "add other patients' pictures, or take the class out"
-                if task.parts.any() and n > 1:
+                if (task.parts != "").any() and n > 1:
                     mend = "the publisher's parts share them all; --resplit deals them out anew"
                 text = f"class {class_!r} of task {task.name} has {n} group(s), and none for the"
                 text += f" {part} part; a patient's pictures are never split"
