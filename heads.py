@@ -188,7 +188,9 @@ def make_task(collection: data.Collection, name: str, resplit: bool) -> Task:
     largest = int(np.bincount(groups[rows]).max(initial=0))
     dropped = split == "dropped"
     notes = {
-        "rule": "publisher's parts kept, cut by group" if (kept != "").any() else "70/15/15 by group",
+        "rule": "publisher's parts kept, cut by group"
+        if (kept != "").any()
+        else "70/15/15 by group",
         "groups": len(np.unique(groups[rows])),
         "largest_group": largest,
         "largest_group_is_suspect": largest > max(CHAIN_SHARE * len(rows), CHAIN_LEAST),

@@ -504,7 +504,7 @@ class Run:
         norm = nn.utils.get_total_norm([p.grad for p in self.networks.parameters()])
         numbers = torch.stack([loss.detach(), norm])
         if not numbers.isfinite().all():  # waits for the device; the optimiser waits for this
-            low = f"a lower learning rate (--lr {lr / 2:.2g})" + " or --precision fp32" * self.bf16
+            low = f"a lower --lr ({lr / 2:.2g}, say)" + " or --precision fp32" * self.bf16
             raise data.UserError(
                 f"the loss is {numbers[0]:.4g} and its gradients' norm {norm:.4g} in step "
                 f"{self.step + 1} of epoch {len(self.records) + 1} at learning rate {lr:.2g}; "
