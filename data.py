@@ -116,7 +116,7 @@ def unwritable(path: Path, error: OSError) -> UserError:
     """What to tell the user whose disk is full, or whose folder is read-only, or gone."""
     return UserError(
         f"{path} cannot be written ({error.strerror or error}); what stood there before is as it "
-        "was: make room, or give another place, then type the same command"
+        "was; mend that (make room, say) or give another place, then type the same command"
     )
 
 
@@ -573,7 +573,7 @@ def lesion_of(root: Path | None, path: str, size: int) -> np.ndarray:
         (S, S) bool, True = diseased; all False where nothing is known.
     """
     match = SLICE.match(path) if root else None
-    mask = lesion_mask(root / match[1]) if match else None
+    mask = lesion_mask(root / match[1]) if match and (root / match[1]).is_file() else None
     if root and not mask:
         return np.zeros((size, size), bool)
     if root:

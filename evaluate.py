@@ -786,7 +786,13 @@ def as_bytes(name: str, value: object) -> bytes:
         return file.getvalue()
     if name.endswith(".csv"):
         table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows([*map(harmless, row)] for row in value)
+        plain, quoted = (
+            csv.writer(table, lineterminator="\n", quoting=q)
+            for q in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+        )
+        for row in value:  # a lone carriage return ends a row, too, and csv knows it from 3.13 on
+            writer = quoted if "\r" in "".join(map(str, row)) else plain
+            writer.writerow([*map(harmless, row)])
         value = table.getvalue()
     elif name.endswith(".json"):
         value = json.dumps(value, indent=2) + "\n"

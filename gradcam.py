@@ -152,8 +152,10 @@ class GradCAM:
             N = len(images)
             if self.activation is None:
                 raise ValueError("the layer was not run when the model was")
-            if logits.ndim != 2 or len(logits) != N or not logits.isfinite().all():
-                raise ValueError(f"expected finite logits ({N}, K), got {tuple(logits.shape)}")
+            if logits.ndim != 2 or len(logits) != N:
+                raise ValueError(f"expected logits ({N}, K), got {tuple(logits.shape)}")
+            if not logits.isfinite().all():
+                raise ValueError("the logits are no finite numbers")
             chosen = logits.argmax(dim=1) if class_index is None else class_index
             chosen = torch.as_tensor(chosen, device=logits.device).expand(N)  # (N,)
             if not ((chosen >= 0) & (chosen < logits.shape[1])).all():
@@ -164,7 +166,9 @@ class GradCAM:
         if gradient is None:
             raise ValueError("the layer's output does not reach the logits")
         alpha = gradient.float().mean(dim=(2, 3))  # (N, C), Eq. 1
-        self.raw = torch.einsum("nc,nchw->nhw", alpha, self.activation.detach().float()).relu()
+        with torch.autocast(images.device.type, enabled=False):  # inside it, a product is bf16
+            raw = torch.einsum("nc,nchw->nhw", alpha, self.activation.detach().float())
+        self.raw = raw.relu()  # Eq. 2
         self.logits = logits.detach().float()
         return scaled(enlarge(self.raw, images.shape[-2:], self.stride))
 
@@ -186,10 +190,11 @@ def enlarge(
         return F.interpolate(raw[:, None], tuple(shape), mode="bilinear")[:, 0]
     pixels = (torch.arange(n, device=raw.device) + m for n, m in zip(shape, moved, strict=True))
     # Pixel x is at place x / stride; grid_sample has -1 and 1 at the outer rims of h and w places.
-    y, x = ((2 * p / stride + 1) / n - 1 for p, n in zip(pixels, raw.shape[1:], strict=True))
+    places = [(p / stride).clamp(0, n - 1) for p, n in zip(pixels, raw.shape[1:], strict=True)]
+    y, x = ((2 * p + 1) / n - 1 for p, n in zip(places, raw.shape[1:], strict=True))
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (H, W, 2)
     grid = grid.expand(len(raw), -1, -1, -1)
-    return F.grid_sample(raw[:, None], grid, "bilinear", "border", align_corners=False)[:, 0]
+    return F.grid_sample(raw[:, None], grid, "bilinear", align_corners=False)[:, 0]
 
 
 def scaled(maps: Tensor) -> Tensor:
@@ -207,7 +212,7 @@ def move(images: Tensor, right: int, down: int) -> Tensor:
     return F.pad(images - corner, (right, -right, down, -down)) + corner  # < 0 cuts off
 
 
-def fine_maps(cam: GradCAM, images: Tensor, classes: Tensor) -> Tensor:
+def fine_maps(cam: GradCAM, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """Maps twice as fine as the layer's places: of the picture, moved by a quarter of a place.
 
     Args:
@@ -215,14 +220,16 @@ def fine_maps(cam: GradCAM, images: Tensor, classes: Tensor) -> Tensor:
         classes: (N,) int64.
 
     Returns:
-        (N, H, W) float32 >= 0, not scaled: the mean of four maps, each moved back.
+        (N, H, W) float32 in [0, 1], scaled: the mean of four maps, each moved back; and their
+        strength (N,): the map before it was enlarged and scaled, summed over the layer's places.
     """
-    quarter, total = (cam.stride or 0) // 4, 0
+    quarter, total, strength = (cam.stride or 0) // 4, 0, 0
     for right in (-quarter, quarter):
         for down in (-quarter, quarter):
             cam(move(images, right, down), classes)
-            total = total + enlarge(cam.raw, images.shape[-2:], cam.stride, (down, right))
-    return total / 4
+            total = total + enlarge(cam.raw, images.shape[-2:], cam.stride, (down, right)) / 4
+            strength = strength + cam.raw.sum(dim=(1, 2)) / 4
+    return scaled(total), strength
 
 
 # ---------------------------------------------------------------------------------------------
@@ -280,7 +287,8 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
     NaN where one of the two is constant.
     """
-    a, b = ((x - x.mean(dim=(1, 2), keepdim=True)).double() for x in (a, b))
+    a, b = (x.cpu().double() for x in (a, b))  # Apple's GPUs have no float64
+    a, b = (x - x.mean(dim=(1, 2), keepdim=True) for x in (a, b))
     scale = (a.square().sum(dim=(1, 2)) * b.square().sum(dim=(1, 2))).sqrt()  # (N,)
     return torch.where(scale > 0, (a * b).sum(dim=(1, 2)) / scale, torch.nan)
 
@@ -298,7 +306,7 @@ def shift_agreement(cam: GradCAM, images: Tensor, maps: Tensor, classes: Tensor)
     """
     step, found = max(1, images.shape[-1] // SHIFT), []
     for right, down in ((step, 0), (0, step)):
-        back = move(fine_maps(cam, move(images, right, down), classes), -right, -down)
+        back = move(fine_maps(cam, move(images, right, down), classes)[0], -right, -down)
         found.append(correlation(maps[:, :-step, :-step], back[:, :-step, :-step]))
     return torch.stack(found).nanmean(dim=0)
 
@@ -318,12 +326,12 @@ def deletion(model: nn.Module, images: Tensor, order: Tensor, classes: Tensor) -
         low where the first pixels mattered.
     """
     N, background = len(images), images[:, :, :1, :1]
-    rank = order.flatten(1).argsort(dim=1, descending=True).argsort(dim=1).view_as(order)
-    total = torch.zeros(N, dtype=torch.float64, device=images.device)
+    falling = order.flatten(1).argsort(dim=1, descending=True, stable=True)
+    rank, total = falling.argsort(dim=1).view_as(order), torch.zeros(N, dtype=torch.float64)
     for k in range(DELETIONS + 1):
         gone = (rank < order[0].numel() * k // DELETIONS)[:, None]  # (N, 1, S, S) bool
-        logits = model(torch.where(gone, background, images)).double()
-        p = logits.softmax(dim=1).gather(1, classes[:, None])[:, 0]  # (N,)
+        logits = model(torch.where(gone, background, images)).cpu().double()
+        p = logits.softmax(dim=1).gather(1, classes.cpu()[:, None])[:, 0]  # (N,)
         total += p / (2 if k in (0, DELETIONS) else 1)
     return total / DELETIONS
 
@@ -364,38 +372,38 @@ def explain(
     Returns:
         the maps and, by name: activation_intensity, the mean of the scaled map; activation_area,
         the per cent of its pixels above 0.5; class_confidence, the predicted class's probability;
-        strength, the map before scaling, summed over the layer's places, in units of the logit
-        (with average pooling and one linear layer on top: all that spoke for the class);
+        strength, as `fine_maps` has it, in units of the logit (of the last layer, with average
+        pooling and one linear layer on top: all that spoke for the class);
         inside_head, the map's share there; deletion and deletion_random, the area under the
         probability when the hottest pixels, or random places, are taken away first;
         shift_agreement; and what `against_lesions` says of the map and, under the same names with
         _untrained and _random behind them, of maps that know nothing.
     """
     with torch.no_grad():
-        logits = cam.model(images).double()  # (N, K)
-    probs, classes, shape = logits.softmax(dim=1), logits.argmax(dim=1), images.shape[-2:]
-    unscaled = fine_maps(cam, images, classes)
-    maps, places = scaled(unscaled), cam.raw[0].numel()  # (N, S, S)
+        probs = cam.model(images).cpu().double().softmax(dim=1)  # (N, K)
+    classes, shape = probs.argmax(dim=1).to(images.device), images.shape[-2:]
+    maps, strength = fine_maps(cam, images, classes)  # (N, S, S), (N,)
     chance = [random_maps(cam.raw, shape, generator) for _ in range(RANDOM_ORDERS)]
     by_chance = [deletion(cam.model, images, order, classes) for order in chance]
+    hottest = deletion(cam.model, images, maps, classes)
     found = {
         "activation_intensity": maps.mean(dim=(1, 2)),
         "activation_area": 100 * (maps > HOT).float().mean(dim=(1, 2)),
         "class_confidence": probs.amax(dim=1),
-        "strength": places * unscaled.mean(dim=(1, 2)),
-        "deletion": deletion(cam.model, images, maps, classes),
+        "strength": strength,
+        "deletion": hottest.where(strength.cpu() > 0, torch.nan),  # an empty map has no order
         "deletion_random": torch.stack(by_chance).mean(dim=0),
         "shift_agreement": shift_agreement(cam, images, maps, classes),
     }
-    measures = {name: values.double().cpu().numpy() for name, values in found.items()}
+    measures = {name: values.cpu().double().numpy() for name, values in found.items()}
     heads = head_mask(pictures)
     measures["inside_head"] = share_within(maps.cpu().numpy(), heads)
-    blind = scaled(fine_maps(untrained, images, classes))
+    blind, _ = fine_maps(untrained, images, classes)
     compared = {"": maps, "_untrained": blind, "_random": chance[0]}
     for name, some in compared.items():
         told = against_lesions(some.cpu().numpy(), lesions, heads)
         measures |= {key + name: values for key, values in told.items()}
-    return Explained(probs.cpu().numpy(), maps.cpu().numpy(), measures)
+    return Explained(probs.numpy(), maps.cpu().numpy(), measures)
 
 
 def against_lesions(
@@ -423,9 +431,9 @@ def randomisation_check(
 ) -> dict[str, float]:
     """Whether a map changes when the weights are randomised, one stage after the other.
 
-    From the top down (Adebayo et al., 1810.03292, §3.1) the entries of each of a stage's weights
-    are shuffled, so that they keep their size and lose what they have learnt. A map that stays what
-    it was shows the picture's edges, not the network's reasons.
+    From the top down (Adebayo et al., 1810.03292, §3.1) the entries of each of a stage's weights,
+    and of its batch norms' statistics, are shuffled: they keep their size and lose what they have
+    learnt. A map that stays what it was shows the picture's edges, not the network's reasons.
 
     Args:
         model: left as it is; a copy is shuffled.
@@ -559,6 +567,10 @@ def report(shown: Shown, about: str, check: dict[str, float]) -> str:
                 for other in ("", "_untrained", "_random")
             ]
             lines.append(f"{text + which:42}" + "".join(f"{cell:>22}" for cell in cells))
+    falls = shown.measures["deletion_random"] - shown.measures["deletion"]
+    if not np.isnan(falls).all():
+        verdict = "faster" if np.nanmean(falls) > 0 else "NO faster"
+        lines.append(f"without its hottest places confidence falls {verdict} than without others")
     empty = int((shown.measures["strength"] == 0).sum())
     lines.append(f"{empty:,} maps are 0 everywhere: nothing in this layer spoke for the class")
     lines.append("maps left the same, weights shuffled from the top down (1 = all, 0 = none):")
@@ -617,7 +629,7 @@ def card(shown: Shown, i: int, overlay: bytes) -> str:
         f"</meter></td><td>{probs[k]:.3f}</td></tr>"
         for k in np.argsort(-probs, kind="stable")
     )
-    told = {text: shown.measures.get(key, [np.nan] * (i + 1))[i] for key, text in MEASURES.items()}
+    told = {text: shown.measures[key][i] for key, text in MEASURES.items()}
     rows = "".join(
         f"<tr><td>{text}</td><td>{value:.3g}</td></tr>"
         for text, value in told.items()

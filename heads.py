@@ -976,17 +976,19 @@ def load_classifier(path: Path) -> tuple[simclr.ResNet, nn.Module, dict]:
     if not path.is_file():
         raise data.UserError(f"no classifier at {path}; make one with: python main.py probe")
     encoder, checkpoint = simclr.load_encoder(path)
-    if checkpoint.get("head_type") not in HEADS:
+    if checkpoint.get("head_type") not in [*HEADS]:
         text = f"{path} holds no classifier (head_type {checkpoint.get('head_type')!r})"
         raise data.UserError(f"{text}; python main.py probe writes a classifier.pt")
     try:
         task, classes = checkpoint["task"], checkpoint["classes"]
-        if Path(task).name != task or not all(isinstance(name, str) for name in classes):
-            raise ValueError(f"its task {task!r} or its classes are no names")
+        named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+        if not named or len(set(classes)) < max(2, len(classes)):
+            raise ValueError("its classes are no list of two or more names")
+        if Path(task).name != task or not (task.isprintable() and 0 < len(task) <= 100):
+            raise ValueError(f"its task {task!r:.40} is no folder's name")
         head = HEADS[checkpoint["head_type"]](checkpoint["feature_dim"], len(classes))
         head.load_state_dict(checkpoint["head"])
-        if not all(value.isfinite().all() for value in checkpoint["head"].values()):
-            raise ValueError("its head's weights are no finite numbers")
+        simclr.check_answer(joined(encoder, head))
     except Exception as error:  # a file that is not ours may lack or break anything
         text = f"{path} cannot be used as a classifier.pt ({simclr.reason(error)})"
         raise data.UserError(text) from error
@@ -999,7 +1001,7 @@ def joined(encoder: nn.Module, head: nn.Module) -> nn.Sequential:
 
 
 def untrained_classifier(checkpoint: dict) -> nn.Sequential:
-    """A network like a classifier's, with random weights."""
+    """A network like a classifier's, with random weights, always the same ones."""
     encoder = untrained(checkpoint["arch"], 0)
     head = HEADS[checkpoint["head_type"]](encoder.feature_dim, len(checkpoint["classes"]))
     return joined(encoder, head)

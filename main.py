@@ -54,7 +54,7 @@ PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 32, "epochs": 12}
 KNN_EVERY = 5  # epochs of a pretraining between two looks at what the features know
 COLLAPSED = 0.1  # of a healthy standard deviation
 EXPLAINED = 32  # pictures explained at once
-STAGES = ("head", *(f"encoder.{part}" for part in reversed(("conv1", *simclr.STRIDES))))
+STAGES = ("head", *(f"encoder.{part}" for part in reversed(("conv1", "bn1", *simclr.STRIDES))))
 # Which process this is and of how many, as torchrun says; only the first one writes and prints.
 RANK, PROCESSES = (int(os.environ.get(name, k)) for k, name in enumerate(("RANK", "WORLD_SIZE")))
 progress_bar = partial(tqdm, disable=RANK > 0)
@@ -104,11 +104,13 @@ def run_folder(args: argparse.Namespace, name: str) -> Path:
     for folder in (out, *out.parents):
         if folder.exists() and not folder.is_dir():
             raise data.UserError(f"{folder} is a file, and results go into a folder")
-    for folder in (out, RUNS):
-        if args.data and folder.resolve().is_relative_to(args.data.resolve()):
+    given = [*filter(None, [args.data]), *vars(args).get("paths", [])]
+    for folder, scans in ((f, path) for f in (out, RUNS) for path in given if path.is_dir()):
+        if folder.resolve().is_relative_to(scans.resolve()):
+            name = "--data " * (scans == args.data)
             raise data.UserError(
-                f"results would go to {folder.resolve()}, inside --data {args.data}, and be read "
-                "as scans next time; start the command from another folder, or give another --out"
+                f"results would go to {folder.resolve()}, inside {name}{scans}, and be read as "
+                "scans next time; start the command from another folder, or give another --out"
             )
     return out
 
@@ -739,7 +741,10 @@ def asked_pictures(args: argparse.Namespace, checkpoint: dict) -> Asked:
         return Asked(Path(), pictures, rows, None, np.unique(owners, return_inverse=True)[1])
     study, name = load_data(args, size), args.task or checkpoint["task"]
     if not study.tasks and not args.task:  # loose pictures
-        rows = readable(study.pictures)
+        seen = heads.was_seen(study, checkpoint["seen"].numpy())
+        rows = np.setdiff1d(readable(study.pictures), np.flatnonzero(seen))
+        if not len(rows):
+            raise data.UserError(f"it was trained on all of {args.data}; give others, or paths")
         return Asked(args.data, study.pictures, rows, None, study.groups[rows])
     task, _ = heads.unseen_part(study, study.task(name), checkpoint["seen"].numpy(), False)
     rows, labels, groups = task.part("test")
@@ -757,13 +762,18 @@ def explain(args: argparse.Namespace) -> None:
         text = f"{args.layer} has one place for all of a picture of {size} pixels: no map; give an"
         raise data.UserError(f"{text} earlier one, such as --layer layer{int(args.layer[-1]) - 1}")
     root, pictures, rows, labels, groups = asked_pictures(args, checkpoint)
+    for old in out.glob("*.png") if (out / "explain.csv").exists() else ():
+        if re.match(r"\d{5}-", old.name):  # an overlay of the time before
+            old.unlink()
     paths = [pictures.paths[row] for row in rows]
     stems = [re.sub("[^A-Za-z0-9-]+", "-", Path(path).stem)[:60] for path in paths]
     files = [f"{i:05d}-{stem}.png" for i, stem in enumerate(stems)]
     found, where = [], (f"encoder.{args.layer}", simclr.STRIDES[args.layer])
     model = heads.joined(encoder, head).to(device)
     random = heads.untrained_classifier(checkpoint).to(device)
-    precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    # No cache: it would keep the weights that the randomisation check shuffles.
+    how = {"dtype": torch.bfloat16, "enabled": bf16, "cache_enabled": False}
+    precision = partial(torch.autocast, device.type, **how)
     with gradcam.GradCAM(model, *where) as cam, gradcam.GradCAM(random, *where) as untrained:
         for i in progress_bar(range(0, len(rows), EXPLAINED), unit="batch", leave=False):
             squares = pictures.squares(rows[i : i + EXPLAINED])

@@ -556,9 +556,10 @@ def test_explain_takes_files_and_loose_pictures_without_labels(tmp_path, capsys)
     assert main.main(["pretrain", *scans, "0", "--image-size", "32"]) == 0
     assert main.main(["probe", *scans, "2", "--task", "mine"]) == 0
     model = ["--model", "runs/probe-mine/classifier.pt", "--layer", "layer3"]
+    plant(tmp_path / "others", seed=1)
     (tmp_path / "loose").mkdir()
     names = ["=1+1.png", "<img src=x>.png", "two\nlines.png", "-x.png", "é.png"]
-    for source, name in zip(sorted(Path("scans").rglob("*.png"))[:5], names, strict=True):
+    for source, name in zip(sorted(Path("others").rglob("*.png"))[:5], names, strict=True):
         shutil.copy(source, tmp_path / "loose" / name)
     assert main.main(["explain", *model, "loose"]) == 0
     rows = rows_of("runs/explain-mine/explain.csv")
@@ -570,6 +571,11 @@ def test_explain_takes_files_and_loose_pictures_without_labels(tmp_path, capsys)
     assert "Right" not in page and "Predictions: 5" in page
     assert main.main(["explain", *model, "--data", "loose", "--out", "other"]) == 0
     assert len(rows_of("other/explain.csv")) == 5
+    assert "inside loose" in refused(capsys, "explain", *model, "loose", "--out", "loose/run")
+    shutil.copytree("scans/mine/sick", "seen")  # loose, and trained on, but for val and test
+    assert main.main(["explain", *model, "--data", "seen", "--out", "other"]) == 0
+    few = rows_of("other/explain.csv")
+    assert 0 < len(few) < 5 and len(list(Path("other").glob("*.png"))) == len(few)  # none is stale
     assert main.main(["explain", *model, "--data", "scans", "--out", "again"]) == 0
     tested = {row["path"] for row in rows_of("runs/probe-mine/predictions.csv")}
     assert {row["path"] for row in rows_of("again/explain.csv")} == tested
