@@ -19,7 +19,7 @@ Next: gradcam.py
 import copy
 import hashlib
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -988,23 +988,35 @@ def load_classifier(path: Path) -> tuple[simclr.ResNet, nn.Module, dict]:
             raise ValueError(f"its task {task!r:.40} is no folder's name")
         head = HEADS[checkpoint["head_type"]](checkpoint["feature_dim"], len(classes))
         head.load_state_dict(checkpoint["head"])
-        simclr.check_answer(joined(encoder, head))
+        simclr.check_answer(Classifier(encoder, head))
     except Exception as error:  # a file that is not ours may lack or break anything
         text = f"{path} cannot be used as a classifier.pt ({simclr.reason(error)})"
         raise data.UserError(text) from error
     return encoder, head.eval(), checkpoint
 
 
-def joined(encoder: nn.Module, head: nn.Module) -> nn.Sequential:
-    """Encoder and head as one network, pictures (N, 1, S, S) -> logits (N, K)."""
-    return nn.Sequential(OrderedDict(encoder=encoder, head=head))
+class Classifier(nn.Module):
+    """Encoder and head as one network, pictures (N, 1, S, S) -> logits (N, K).
+
+    The head computes in float32, also where the encoder does in bf16; as `classify` has it.
+    """
+
+    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 1, S, S) float, normalised -> (N, K) float32."""
+        h = self.encoder(images)  # (N, E)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.head(h.float())
 
 
-def untrained_classifier(checkpoint: dict) -> nn.Sequential:
+def untrained_classifier(checkpoint: dict) -> Classifier:
     """A network like a classifier's, with random weights, always the same ones."""
     encoder = untrained(checkpoint["arch"], 0)
     head = HEADS[checkpoint["head_type"]](encoder.feature_dim, len(checkpoint["classes"]))
-    return joined(encoder, head)
+    return Classifier(encoder, head)
 
 
 def classify(

@@ -28,7 +28,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from functools import partial
@@ -752,6 +752,15 @@ def asked_pictures(args: argparse.Namespace, checkpoint: dict) -> Asked:
     return Asked(args.data, study.pictures, rows, labels, groups)
 
 
+def overlay_files(out: Path, paths: Sequence[str]) -> list[str]:
+    """Names for the overlays of pictures; those that `explain` left here before are deleted."""
+    for old in out.glob("*.png") if (out / "explain.csv").exists() else ():
+        if re.match(r"\d{5}-", old.name):
+            old.unlink()
+    stems = [re.sub("[^A-Za-z0-9-]+", "-", Path(path).stem)[:60] for path in paths]
+    return [f"{i:05d}-{stem}.png" for i, stem in enumerate(stems)]
+
+
 def explain(args: argparse.Namespace) -> None:
     """Show where a classifier looked, and how far to believe it; leaves index.html."""
     encoder, head, checkpoint = heads.load_classifier(args.model)
@@ -762,14 +771,10 @@ def explain(args: argparse.Namespace) -> None:
         text = f"{args.layer} has one place for all of a picture of {size} pixels: no map; give an"
         raise data.UserError(f"{text} earlier one, such as --layer layer{int(args.layer[-1]) - 1}")
     root, pictures, rows, labels, groups = asked_pictures(args, checkpoint)
-    for old in out.glob("*.png") if (out / "explain.csv").exists() else ():
-        if re.match(r"\d{5}-", old.name):  # an overlay of the time before
-            old.unlink()
     paths = [pictures.paths[row] for row in rows]
-    stems = [re.sub("[^A-Za-z0-9-]+", "-", Path(path).stem)[:60] for path in paths]
-    files = [f"{i:05d}-{stem}.png" for i, stem in enumerate(stems)]
+    files = overlay_files(out, paths)
     found, where = [], (f"encoder.{args.layer}", simclr.STRIDES[args.layer])
-    model = heads.joined(encoder, head).to(device)
+    model = heads.Classifier(encoder, head).to(device)
     random = heads.untrained_classifier(checkpoint).to(device)
     # No cache: it would keep the weights that the randomisation check shuffles.
     how = {"dtype": torch.bfloat16, "enabled": bf16, "cache_enabled": False}

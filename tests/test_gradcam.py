@@ -22,10 +22,10 @@ import simclr
 from gradcam import GradCAM
 
 
-def classifier(head: str = "linear", classes: int = 3, seed: int = 0) -> nn.Sequential:
+def classifier(head: str = "linear", classes: int = 3, seed: int = 0) -> nn.Module:
     """A ResNet-18 with a head, its batch norm statistics those of some noise."""
     torch.manual_seed(seed)
-    model = heads.joined(simclr.resnet18(), heads.HEADS[head](512, classes))
+    model = heads.Classifier(simclr.resnet18(), heads.HEADS[head](512, classes))
     model.train()(torch.randn(8, 1, 64, 64))
     return model.eval()
 
