@@ -224,25 +224,14 @@ def run_config(
 def origin(args: argparse.Namespace) -> dict:
     """What a run is repeated from: the words that were typed, the code's commit, the versions."""
     versions = {module.__name__: str(module.__version__) for module in (torch, np, PIL)}
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
+    git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    how = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
     try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        commit = subprocess.run(git, **how).stdout.strip() or None
     except OSError:  # no git here
         commit = None
-    return {
-        "typed": args.typed,
-        "folder": str(Path.cwd()),
-        "commit": commit,
-        "versions": versions | {"python": platform.python_version()},
-    }
+    about = {"typed": args.typed, "folder": str(Path.cwd()), "commit": commit}
+    return about | {"versions": versions | {"python": platform.python_version()}}
 
 
 def write(out: Path, files: dict[str, object]) -> None:
@@ -261,9 +250,9 @@ def conclude(out: Path, files: dict[str, object], command: list[str] | None = No
     write(out, files)
     print(files.get("report.txt", ""), end="")
     there = sorted(path.name for path in out.glob("*"))
-    more = [name for name in there if name not in files] if len(there) > 20 else []  # overlays
-    there = [name for name in there if name not in more] + [f"{len(more)} more"] * bool(more)
-    print(f"in {out}/ now: {', '.join(there)}")
+    named = [name for name in there if name in files or len(there) <= 20]  # not all overlays
+    more = f" and {len(there) - len(named)} more" * (len(named) < len(there))
+    print(f"in {out}/ now: {', '.join(named)}{more}")
     if command:
         print("next:", shlex.join(["python", "main.py", *command]))
 
