@@ -556,8 +556,6 @@ def report(shown: Shown, about: str, check: dict[str, float]) -> str:
     lines = [f"{shown.task}: {n:,} pictures of {len(set(shown.groups)):,} groups; {about}"]
     lines.append(" " * 42 + f"{'this network':>22}{'untrained':>22}{'random':>22}")
     for name, text in MEASURES.items():
-        if name not in shown.measures:
-            continue
         subsets = {"": np.ones(n, bool)}
         if name in ("pointing", "enrichment") and shown.labels is not None:
             subsets = {" (right)": right, " (wrong)": ~right}

@@ -187,6 +187,14 @@ def readable(pictures: data.Pictures) -> np.ndarray:
     return rows
 
 
+def load_paths(args: argparse.Namespace, image_size: int) -> tuple[data.Pictures, np.ndarray]:
+    """Read the files and folders that were typed: their pictures, and those that can be read."""
+    progress = partial(progress_bar, leave=False)
+    pictures = data.load_files(args.paths, image_size, RUNS / "cache", progress)
+    name_unreadable(pictures, refuse=True)
+    return pictures, readable(pictures)
+
+
 def one_line(text: object) -> str:
     """A text without control characters: a file's name may hold line breaks, and worse."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
@@ -691,10 +699,7 @@ def predict(args: argparse.Namespace) -> None:
     encoder, head, checkpoint = heads.load_classifier(args.model)
     args.out = args.out or RUNS / f"predict-{checkpoint['task']}"
     out, machine, size = run_folder(args, ""), choose_machine(args), checkpoint["image_size"]
-    progress = partial(progress_bar, leave=False)
-    pictures = data.load_files(args.paths, size, RUNS / "cache", progress)
-    name_unreadable(pictures, refuse=True)
-    rows = readable(pictures)
+    pictures, rows = load_paths(args, size)
     images, classes = pictures.squares(rows), checkpoint["classes"]
     probs = heads.classify(encoder, head, checkpoint, images, classes, *machine[:2])
     table = evaluate.prediction_table([pictures.paths[row] for row in rows], probs, classes)
@@ -722,10 +727,7 @@ def asked_pictures(args: argparse.Namespace, checkpoint: dict) -> Asked:
     if args.paths and args.data:
         raise data.UserError("give --data (its test part is explained) or files, not both")
     if args.paths:
-        how = RUNS / "cache", partial(progress_bar, leave=False)
-        pictures = data.load_files(args.paths, size, *how)
-        name_unreadable(pictures, refuse=True)
-        rows = readable(pictures)
+        pictures, rows = load_paths(args, size)
         owners = [m[1] if (m := data.SLICE.match(pictures.paths[r])) else str(r) for r in rows]
         return Asked(Path(), pictures, rows, None, np.unique(owners, return_inverse=True)[1])
     study, name = load_data(args, size), args.task or checkpoint["task"]

@@ -728,8 +728,8 @@ def load_plain(path: str | Path) -> dict:
     """Read a checkpoint of tensors and plain values; nothing else in it is ever unpickled.
 
     Raises:
-        OSError, ValueError, RuntimeError, pickle.UnpicklingError...: it is damaged (the sums of a
-            zip file's parts tell), would unpack to more than it is, or holds anything else.
+        OSError, ValueError, RuntimeError, zipfile.BadZipFile...: it is damaged (the sums of a zip
+            file's parts tell), would unpack to more than it is, or holds anything else.
     """
     if zipfile.is_zipfile(path):  # torch.save's format; it compresses nothing
         with zipfile.ZipFile(path) as parts:
