@@ -361,8 +361,8 @@ def images_in(path: str | Path) -> Iterator[tuple[str, np.ndarray | Exception]]:
     """
     volume, shard = VOLUME.search(str(path)), SHARD.search(str(path))
     size = os.stat(path).st_size
-    if size > MAX_BYTES and not shard:
-        raise ValueError(f"{size:,} bytes, where at most {MAX_BYTES:,} are read")
+    if not os.path.isfile(path) or size > MAX_BYTES and not shard:
+        raise ValueError(f"it is no file of at most {MAX_BYTES:,} bytes")
     if volume:
         yield from volume_slices(path)
     elif shard:

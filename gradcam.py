@@ -1,439 +1,276 @@
-"""Show where a classifier looked, and measure how far that picture can be believed.
+"""Show where a classifier looked, and measure how far that map can be believed.
 
-A convolution's output is a stack of small pictures, its channels, that still know where in the scan
-something was found. Grad-CAM asks by how much each channel speaks for a class (the gradient of the
-class's score, averaged over the places) and adds the channels up with these weights; what speaks
-against the class is cut off. The sum is a coarse map, enlarged to the scan.
+A convolution's output is a stack of small images, its channels, which still know where in the scan
+something was found. Grad-CAM asks how strongly each channel speaks for a class (the gradient of the
+class's score, averaged over the cells) and adds the channels up with these weights; what speaks
+against the class is cut off. The sum is a coarse map, enlarged to the size of the scan.
 
     alpha_c = 1 / (h w) sum_ij d y_k / d A_cij                (Selvaraju et al., 1610.02391, Eq. 1)
     map_ij  = ReLU( sum_c alpha_c A_cij )                                                   (Eq. 2)
 
-Every map looks convincing once it is stretched to its own maximum. So each comes with its strength
-before that, and with what a sceptic asks: does the score fall faster when the hottest pixels are
-taken away than when random ones are? Does the map stay with the head when the head is moved? Does
-it change when the weights are drawn anew, as it must if it shows what they have learnt? Where the
-lesion is known, a map can simply be wrong or right.
+Every map looks convincing once it is stretched to its own maximum. So each is measured as a sceptic
+would: how strong was it before that? Does it lie in the brain, and where the lesion is known, in
+the lesion? Does the confidence fall faster when the hottest areas are taken away than when random
+areas of the brain are? Does the map change when the weights are shuffled, as it must if it shows
+what they have learned?
 
-Shape letters: N pictures in a batch (slices) · C channels of the layer · h, w its places ·
-H, W pixels (S where they are squares) · K classes.
+Shape letters: N images in a batch (slices) · C channels of the layer · h, w its cells ·
+H, W pixels (S, where the image is a square) · K classes.
 
 Departures from the paper:
-  - the gradient is asked for by `torch.autograd.grad`, at a leaf that the forward hook puts in,
-    instead of by a backward hook: backward() would add to the gradients of every parameter;
-  - a place of a ResNet looks at the pixel stride x place, and its map is put there, not half a
-    place to the lower right; and `explain` averages the maps of four slightly moved pictures, which
-    makes them twice as fine. The hottest point was in a phantom's lesion in 0.28 of the val part
-    as published, 0.47 in its place, 0.56 with both (README).
+  - the gradient is taken by `torch.autograd.grad` at a leaf that the forward hook puts in, not by
+    a backward hook: backward() would add to the gradients of every parameter;
+  - cell j of a ResNet looks at pixel stride * j, and its value is put there, not half a cell to the
+    lower right; and `explain` averages the maps of four slightly shifted images, which makes them
+    twice as fine. The hottest point was in a phantom's lesion in 0.28 of the val split as
+    published, in 0.47 with the first change, in 0.56 with both (docs/gradcam.md).
 
 Next: main.py
 """
 
-import base64
 import copy
-from collections.abc import Callable, Sequence
 from html import escape
-from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 import evaluate
 
-LAYER = "layer3"  # of the encoder
-HOT = 0.5  # Activation Area counts the pixels above this share of the maximum
-HEAD = 0.25  # of a picture's brightest gray values: what is brighter belongs to the head
-DELETIONS = 10  # steps from the whole picture to none of it
-RANDOM_ORDERS = 2  # of deletion, to compare with
-SHIFT = 32  # a shift is the side divided by this: 2 pixels of 64, 4 of 128
-CHECKED = 32  # pictures whose maps are made again with randomised weights
-SHOWN = 24  # pictures of one class on the page, right and wrong apart; the table has all
-SIDE = 192  # of a picture on the page, in pixels
-# viridis (S. van der Walt and N. Smith, CC0) in ten steps: even to the eye, and in gray as well.
-COLOURS = "440154 482878 3e4a89 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725"
-CAUTION = (
-    "For research. Not a medical device, not for diagnosis. A heat map shows which places raised "
-    "the score of one class in this network. It does not show that they are diseased, where a "
-    "disease ends, or that the answer is right; and what it leaves dark may have mattered, too."
-)
+LAYER = "layer3"  # of the encoder; chosen on the phantoms' val split, matters (docs/gradcam.md)
+BRAIN = 0.25  # of an image's brightest gray values: what is brighter belongs to the brain mask
+STEPS = 10  # of deletion, from the whole image to none of it
+ORDERS = 4  # random orders of deletion, averaged: a single one is luck
+SIDE = 512  # pixels of a scan in its overlay, shown at half of that: screens are fine
+# viridis (S. van der Walt and N. Smith, CC0) in nine steps: even to the eye, and in gray as well.
+VIRIDIS = np.array([*bytes.fromhex("440154472d7b3b528b2c728e21918c28ae805ec962addc30fde725")])
 
 # ---------------------------------------------------------------------------------------------
-# Grad-CAM
+# The map
 # ---------------------------------------------------------------------------------------------
 
 
 class GradCAM:
-    """Maps of what spoke for a class, from any network and any layer of it.
+    """Maps of what speaks for a class, from any network and any convolution of it.
 
         with GradCAM(model, "layer4") as cam:
             maps = cam(images)  # of the predicted classes
 
-    Within the `with` the network is in eval mode; after it, whatever happened, its mode and hooks
-    are as before. Gradients of parameters are never touched, and it does not matter whether any
-    parameter asks for one.
+    Inside the `with` the network is in eval mode; after it, whatever happened, its modes and hooks
+    are as before. Gradients of parameters are never touched, and frozen parameters are no obstacle.
 
     Args:
         model: maps images to logits (N, K).
-        layer: one of its modules, or its name as `named_modules` has it. Of a module that runs more
-            than once, the last run counts.
-        stride: as `enlarge` takes it.
+        layer: one of its modules, or that module's name. Where it runs twice, the last run counts.
+        stride: pixels from cell to cell, as `enlarge` takes it.
 
     Attributes:
-        raw: (N, h, w) float32, the last call's maps before they were enlarged and scaled (Eq. 2);
-            a map that is 0 everywhere says that nothing here spoke for the class.
-        logits: (N, K) float32 of the last call.
-
-    Raises:
-        ValueError: no such layer.
+        raw: (N, h, w), the last call's maps before enlarging and scaling (Eq. 2); 0 everywhere
+            means that nothing in this layer spoke for the class.
+        logits: (N, K) of the last call.
     """
 
     def __init__(self, model: nn.Module, layer: nn.Module | str, stride: int | None = None) -> None:
-        modules = dict(model.named_modules())
-        found = modules.get(layer) if isinstance(layer, str) else layer
-        if not any(module is found for module in modules.values()):
-            names = ", ".join(name for name in modules if name.count(".") < 2 and name)
-            raise ValueError(f"the model has no layer {layer!r}; it has {names}, ...")
-        self.model, self.layer, self.stride, self.modes, self.hook = model, found, stride, [], None
-        self.activation: Tensor | None = None  # (N, C, h, w), a leaf
-        self.raw: Tensor | None = None
-        self.logits: Tensor | None = None
+        self.model = model
+        self.layer = model.get_submodule(layer) if isinstance(layer, str) else layer
+        self.stride = stride
 
     def __enter__(self) -> "GradCAM":
         """Switch to eval mode and hook the layer."""
-        self.modes = [(module, module.training) for module in self.model.modules()]
+        self.modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         self.hook = self.layer.register_forward_hook(self.put_leaf)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the hook out, and put every module back into its mode."""
+        """Remove the hook, and put every module back into its mode."""
         self.hook.remove()
-        self.hook = self.activation = None
-        for module, training in self.modes:
+        for module, training in self.modes.items():
             module.training = training
 
-    def put_leaf(self, _: nn.Module, __: tuple, output: object) -> Tensor:
+    def put_leaf(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         """A forward hook: cut the graph here, and go on from a leaf that asks for its gradient.
 
-        So it works where no parameter asks for one (a frozen encoder), and nothing below the layer
-        is gone through backwards. What goes on is a copy, since the next module may work in place.
+        Thus it works where no parameter asks for one, and nothing below the layer is run backwards.
+        What goes on is a copy, since the next module may work in place.
         """
-        if not isinstance(output, Tensor) or output.ndim != 4 or output[0, 0].numel() < 2:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
-                f"the layer's output has no spatial map: expected (N, C, h, w) with h w > 1, got "
-                f"{got}; take an earlier layer, or larger pictures"
-            )
-        self.activation = output.detach().requires_grad_()
+        self.activation = output.detach().requires_grad_()  # (N, C, h, w)
         return self.activation.clone()
 
     def __call__(self, images: Tensor, class_index: int | Tensor | None = None) -> Tensor:
         """Map what speaks for a class.
 
         Args:
-            images: (N, C, H, W), scaled as the model takes them.
-            class_index: in [0, K), one for all pictures or (N,) int64; None = the predicted ones.
+            images: (N, C, H, W) float, scaled as the model takes them.
+            class_index: in [0, K), one for all images or (N,) int64; None = the predicted classes.
 
         Returns:
-            (N, H, W) float32 in [0, 1]: `raw`, enlarged and scaled to its own maximum.
+            (N, H, W) in [0, 1]: `raw`, enlarged and divided by its own maximum.
 
         Raises:
-            RuntimeError: called outside the `with`.
-            ValueError: the layer was not run, has no spatial map or does not reach the logits; the
-                logits are not (N, K) or not finite; there is no such class.
+            ValueError: the layer was not run or has no spatial map; there is no such class.
         """
-        if self.hook is None:
-            raise RuntimeError("a GradCAM works inside its with: with GradCAM(model, layer) as cam")
-        self.activation = None
-        with torch.inference_mode(False), torch.enable_grad():
-            logits = self.model(images.clone())  # (N, K); a clone, as inference mode has none
-            N = len(images)
-            if self.activation is None:
-                raise ValueError("the layer was not run when the model was")
-            if logits.ndim != 2 or len(logits) != N:
-                raise ValueError(f"expected logits ({N}, K), got {tuple(logits.shape)}")
-            if not logits.isfinite().all():
-                raise ValueError("the logits are no finite numbers")
-            chosen = logits.argmax(dim=1) if class_index is None else class_index
-            chosen = torch.as_tensor(chosen, device=logits.device).expand(N)  # (N,)
-            if not ((chosen >= 0) & (chosen < logits.shape[1])).all():
+        self.activation = torch.empty(0)  # until the layer runs
+        with torch.enable_grad():
+            logits = self.model(images)  # (N, K)
+            shape = self.activation.shape
+            if len(shape) != 4 or shape[2:].numel() < 2:
+                raise ValueError(f"the layer was not run or has no spatial map: {tuple(shape)}")
+            classes = logits.argmax(dim=1) if class_index is None else class_index
+            classes = torch.as_tensor(classes, device=logits.device).expand(len(images))  # (N,)
+            if classes.min() < 0 or classes.max() >= logits.shape[1]:
                 raise ValueError(f"expected classes in [0, {logits.shape[1]}), got {class_index}")
-            score = logits[torch.arange(N, device=logits.device), chosen].sum()
-            # The sum's gradient at picture n is that of its own score: eval mode mixes no pictures.
-            (gradient,) = torch.autograd.grad(score, self.activation, allow_unused=True)
-        if gradient is None:
-            raise ValueError("the layer's output does not reach the logits")
-        alpha = gradient.float().mean(dim=(2, 3))  # (N, C), Eq. 1
-        with torch.autocast(images.device.type, enabled=False):  # inside it, a product is bf16
-            raw = torch.einsum("nc,nchw->nhw", alpha, self.activation.detach().float())
-        self.raw = raw.relu()  # Eq. 2
-        self.logits = logits.detach().float()
+            # The sum's gradient at image n is that of its own score: eval mode mixes no images.
+            score = logits.gather(1, classes[:, None]).sum()
+            (gradient,) = torch.autograd.grad(score, self.activation)  # (N, C, h, w)
+        alpha = gradient.mean(dim=(2, 3), keepdim=True)  # (N, C, 1, 1), Eq. 1
+        self.raw = (alpha * self.activation.detach()).sum(dim=1).relu()  # (N, h, w), Eq. 2
+        self.logits = logits.detach()
         return scaled(enlarge(self.raw, images.shape[-2:], self.stride))
 
 
-def enlarge(
-    raw: Tensor, shape: Sequence[int], stride: int | None = None, moved: tuple[int, int] = (0, 0)
-) -> Tensor:
+def enlarge(raw: Tensor, shape: tuple, stride: int | None, down: int = 0, right: int = 0) -> Tensor:
     """Maps (N, h, w), enlarged bilinearly to (N, *shape).
 
     Args:
-        stride: pixels from place to place, the first of which looks at the first pixel, as in each
+        stride: pixels from cell to cell, the first of which looks at the first pixel, as in each
             stage of a ResNet, whose convolutions pad alike on both sides and then skip. None =
-            places of equal size fill the picture, as is mostly assumed; that moves a ResNet's maps
-            by half a place to the lower right.
-        moved: by how many pixels, down and right, the picture had been moved; the map is moved
-            back. Beyond the outer places it goes on as it ends.
+            cells of equal size fill the image, as is mostly assumed; that moves a ResNet's maps by
+            half a cell to the lower right.
+        down, right: pixels by which the image had been shifted; the map is shifted back.
     """
-    if not stride:
-        return F.interpolate(raw[:, None], tuple(shape), mode="bilinear")[:, 0]
-    pixels = (torch.arange(n, device=raw.device) + m for n, m in zip(shape, moved, strict=True))
-    # Pixel x is at place x / stride; grid_sample has -1 and 1 at the outer rims of h and w places.
-    places = [(p / stride).clamp(0, n - 1) for p, n in zip(pixels, raw.shape[1:], strict=True)]
-    y, x = ((2 * p + 1) / n - 1 for p, n in zip(places, raw.shape[1:], strict=True))
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (H, W, 2)
-    grid = grid.expand(len(raw), -1, -1, -1)
-    return F.grid_sample(raw[:, None], grid, "bilinear", align_corners=False)[:, 0]
+    rows = cell_weights(shape[0], raw.shape[1], stride, down).to(raw)  # (H, h)
+    columns = cell_weights(shape[1], raw.shape[2], stride, right).to(raw)  # (W, w)
+    return rows @ raw @ columns.T  # (N, H, W)
+
+
+def cell_weights(pixels: int, cells: int, stride: int | None, shift: int) -> Tensor:
+    """How much each pixel of a line takes from each cell: (pixels, cells), rows sum to 1.
+
+    >>> cell_weights(4, 2, stride=2, shift=0).tolist()  # pixel 1 lies halfway, 3 beyond the last
+    [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [0.0, 1.0]]
+    """
+    pixel = torch.arange(pixels) + shift
+    cell = pixel / stride if stride else (pixel + 0.5) * cells / pixels - 0.5  # (pixels,)
+    distance = cell.clamp(0, cells - 1)[:, None] - torch.arange(cells)  # (pixels, cells)
+    return (1 - distance.abs()).clamp(min=0)
 
 
 def scaled(maps: Tensor) -> Tensor:
     """Maps (N, H, W) >= 0, each divided by its own maximum; what is 0 everywhere stays so."""
-    highest = maps.amax(dim=(1, 2), keepdim=True)  # (N, 1, 1)
-    return maps / torch.where(highest > 0, highest, 1)
-
-
-def move(images: Tensor, right: int, down: int) -> Tensor:
-    """Pictures (..., H, W), moved by whole pixels; what comes in from outside is like the corner.
-
-    The first pixel of a scan is background.
-    """
-    corner = images[..., :1, :1]
-    return F.pad(images - corner, (right, -right, down, -down)) + corner  # < 0 cuts off
+    return maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
 
 
 def fine_maps(cam: GradCAM, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps twice as fine as the layer's places: of the picture, moved by a quarter of a place.
+    """Maps twice as fine as the layer's cells, from images shifted by a quarter of a cell.
 
     Args:
-        cam: inside its `with`; with a stride, else nothing is moved.
+        cam: inside its `with`; without a stride nothing is shifted.
         classes: (N,) int64.
 
     Returns:
-        (N, H, W) float32 in [0, 1], scaled: the mean of four maps, each moved back; and their
-        strength (N,): the map before it was enlarged and scaled, summed over the layer's places.
+        (N, H, W) in [0, 1]: the mean of four maps, each shifted back, then scaled; and (N,) its
+        strength, which is its maximum before it was scaled, in logits. Both on the CPU.
     """
-    quarter, total, strength = (cam.stride or 0) // 4, 0, 0
-    for right in (-quarter, quarter):
-        for down in (-quarter, quarter):
-            cam(move(images, right, down), classes)
-            total = total + enlarge(cam.raw, images.shape[-2:], cam.stride, (down, right)) / 4
-            strength = strength + cam.raw.sum(dim=(1, 2)) / 4
-    return scaled(total), strength
+    quarter = (cam.stride or 0) // 4
+    corner = images[:, :, :1, :1]  # background: what comes in from outside is like it
+    total = torch.zeros(())
+    for down in (-quarter, quarter):
+        for right in (-quarter, quarter):
+            # A padding below 0 cuts off.
+            cam(F.pad(images - corner, (right, -right, down, -down)) + corner, classes)
+            total = total + enlarge(cam.raw, images.shape[-2:], cam.stride, down, right).cpu() / 4
+    return scaled(total), total.amax(dim=(1, 2))
 
 
 # ---------------------------------------------------------------------------------------------
-# Measures of a map
+# What it is worth
 # ---------------------------------------------------------------------------------------------
 
 
-def head_mask(pictures: np.ndarray) -> np.ndarray:
-    """Where the head is: what is bright, and what lies between bright pixels both ways.
+def brain_mask(gray: Tensor) -> Tensor:
+    """Where the brain is, with its skull: what is bright or lies between bright pixels of its row.
 
     Args:
-        pictures: (N, S, S) uint8.
+        gray: (N, S, S) float >= 0, 0 = black.
 
     Returns:
-        (N, S, S) bool, True = head. A pixel belongs to it if there is something bright to its left
-        and its right, above it and below it; so dark ventricles are inside.
+        (N, S, S) float, 1 = brain, 0 = outside. The dark ventricles are inside.
     """
-    x = torch.from_numpy(np.array(pictures))[:, None].float()  # (N, 1, S, S)
-    x = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)[:, 0]  # no single specks
-    bright = x > HEAD * x.flatten(1).quantile(0.99, dim=1)[:, None, None]  # (N, S, S) bool
-
-    def seen(axis: int) -> Tensor:
-        """Whether something bright lies on both sides along an axis."""
-        before = bright.cummax(dim=axis).values
-        return before & bright.flip(axis).cummax(dim=axis).values.flip(axis)
-
-    return (seen(1) & seen(2)).numpy()
+    brightest = gray.flatten(1).quantile(0.99, dim=1)  # (N,)
+    bright = (gray > BRAIN * brightest[:, None, None]).float()  # (N, S, S), 1 = bright
+    to_the_left = bright.cummax(dim=2).values  # 1 = something bright lies here or to the left
+    return to_the_left * bright.flip(2).cummax(dim=2).values.flip(2)  # and here or to the right
 
 
-def share_within(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """How much of each map (N, S, S) lies in its mask (N, S, S) bool: (N,) in [0, 1].
+def share_within(maps: Tensor, masks: Tensor) -> Tensor:
+    """How much of each map (N, S, S) >= 0 lies in its mask (N, S, S), 1 = inside: (N,) in [0, 1].
 
     NaN where the map is 0 everywhere.
     """
-    return evaluate.ratio((maps * masks).sum(axis=(1, 2)), maps.sum(axis=(1, 2)), np.nan)
+    return (maps * masks).sum(dim=(1, 2)) / maps.sum(dim=(1, 2))
 
 
-def hits(maps: np.ndarray, lesions: np.ndarray) -> np.ndarray:
-    """The pointing game: whether the hottest point lies in the lesion (Zhang et al., 1608.00507).
+def pointing_game(maps: Tensor, lesions: Tensor) -> Tensor:
+    """Whether the hottest point lies in the lesion (Zhang et al., 1608.00507): (N,) 0 or 1.
 
-    Args:
-        maps: (N, S, S) >= 0.
-        lesions: (N, S, S) bool.
-
-    Returns:
-        (N,) in [0, 1]; of several hottest points the mean, so a map without a hottest point scores
-        the lesion's share of the picture, and one that is 0 everywhere scores 0.
+    Of several hottest points the share that does, so a map spread evenly over the brain scores
+    like a random point of it. NaN where the map is 0 everywhere.
     """
-    hottest = (maps == maps.max(axis=(1, 2), keepdims=True)) & (maps > 0)  # (N, S, S) bool
-    return evaluate.ratio((hottest & lesions).sum(axis=(1, 2)), hottest.sum(axis=(1, 2)), 0.0)
-
-
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's r of each map with the other: (N, H, W) twice -> (N,) in [-1, 1].
-
-    NaN where one of the two is constant.
-    """
-    a, b = (x.cpu().double() for x in (a, b))  # Apple's GPUs have no float64
-    a, b = (x - x.mean(dim=(1, 2), keepdim=True) for x in (a, b))
-    scale = (a.square().sum(dim=(1, 2)) * b.square().sum(dim=(1, 2))).sqrt()  # (N,)
-    return torch.where(scale > 0, (a * b).sum(dim=(1, 2)) / scale, torch.nan)
-
-
-def shift_agreement(cam: GradCAM, images: Tensor, maps: Tensor, classes: Tensor) -> Tensor:
-    """How well maps stay with the head when the head is moved by 1/32 of the side.
-
-    Args:
-        images: (N, 1, S, S).
-        maps: (N, S, S), their `fine_maps` of `classes` (N,).
-
-    Returns:
-        (N,) mean correlation with the maps of the picture moved to the right and moved down, moved
-        back; 1 is best, 0 chance.
-    """
-    step, found = max(1, images.shape[-1] // SHIFT), []
-    for right, down in ((step, 0), (0, step)):
-        back = move(fine_maps(cam, move(images, right, down), classes)[0], -right, -down)
-        found.append(correlation(maps[:, :-step, :-step], back[:, :-step, :-step]))
-    return torch.stack(found).nanmean(dim=0)
+    hottest = (maps == maps.amax(dim=(1, 2), keepdim=True)) & (maps > 0)  # (N, S, S) bool
+    return share_within(hottest.float(), lesions)
 
 
 @torch.no_grad()
 def deletion(model: nn.Module, images: Tensor, order: Tensor, classes: Tensor) -> Tensor:
-    """How sure a network stays while the picture is taken away (Petsiuk et al., 1806.07421, §3.4).
+    """How confident a network stays while the image is taken away (Petsiuk et al., 1806.07421).
 
     Args:
         model: in eval mode.
-        images: (N, 1, S, S); what is taken away becomes like their first pixel, background.
-        order: (N, S, S), the highest are taken away first.
-        classes: (N,) whose probability is followed.
+        images: (N, 1, S, S); what is taken away becomes background, like their first pixel.
+        order: (N, S, S) >= 0, the highest go first; equal ones go from the top left.
+        classes: (N,) int64, whose probability is followed.
 
     Returns:
-        (N,) area under the probability over the share taken away, by the trapezoid rule: in [0, 1],
-        low where the first pixels mattered.
+        (N,) float64 in [0, 1], area under the probability over the share taken away (trapezoids),
+        on the CPU: low where what went first mattered. NaN where `order` is 0 everywhere.
     """
-    N, background = len(images), images[:, :, :1, :1]
-    falling = order.flatten(1).argsort(dim=1, descending=True, stable=True)
-    rank, total = falling.argsort(dim=1).view_as(order), torch.zeros(N, dtype=torch.float64)
-    for k in range(DELETIONS + 1):
-        gone = (rank < order[0].numel() * k // DELETIONS)[:, None]  # (N, 1, S, S) bool
-        logits = model(torch.where(gone, background, images)).cpu().double()
-        p = logits.softmax(dim=1).gather(1, classes.cpu()[:, None])[:, 0]  # (N,)
-        total += p / (2 if k in (0, DELETIONS) else 1)
-    return total / DELETIONS
+    descending = order.flatten(1).argsort(dim=1, descending=True, stable=True)
+    rank = descending.argsort(dim=1).view(images.shape).to(images.device)  # 0 = goes first
+    curve = []
+    for step in range(STEPS + 1):
+        gone = rank < rank[0].numel() * step // STEPS  # (N, 1, S, S) bool, True = taken away
+        probs = model(torch.where(gone, images[:, :, :1, :1], images)).softmax(dim=1)  # (N, K)
+        curve.append(probs.gather(1, classes[:, None])[:, 0].cpu().double())
+    area = torch.trapezoid(torch.stack(curve), dx=1 / STEPS, dim=0)  # (N,)
+    return area.where(order.amax(dim=(1, 2)) > 0, torch.nan)
 
 
-def random_maps(raw: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Maps of nothing, as fine as `fine_maps`: uniform noise on twice the places of (N, h, w)."""
-    N, h, w = raw.shape
-    noise = torch.rand(N, 2 * h, 2 * w, generator=generator).to(raw.device)
-    return scaled(enlarge(noise, shape))
+def random_order(brains: Tensor, cells: tuple[int, int], generator: Generator) -> Tensor:
+    """An order of deletion that knows the brain and nothing else: random areas of it, then outside.
 
-
-class Explained(NamedTuple):
-    """What is known of N pictures: parallel arrays, and one array for each measure."""
-
-    probs: np.ndarray  # (N, K)
-    maps: np.ndarray  # (N, S, S) float32, scaled
-    measures: dict[str, np.ndarray]  # by name, (N,); NaN = cannot be said
-
-
-def explain(
-    cam: GradCAM,
-    untrained: GradCAM,
-    pictures: np.ndarray,
-    images: Tensor,
-    lesions: np.ndarray,
-    generator: torch.Generator,
-) -> Explained:
-    """Map the predicted classes of pictures, and measure the maps.
+    Random areas of the whole image would be spent on background, and any map that prefers the brain
+    would win: on phantoms .375, against .300 within the brain and .278 by the maps
+    (docs/gradcam.md).
 
     Args:
-        cam: inside its `with`.
-        untrained: the same, of the same network with random weights.
-        pictures: (N, S, S) uint8.
-        images: (N, 1, S, S) the same, scaled as the model takes them, on its device.
-        lesions: (N, S, S) bool, True = known to be diseased; all False where nothing is known.
-        generator: of the random orders, on the CPU.
-
-    Returns:
-        the maps and, by name: activation_intensity, the mean of the scaled map; activation_area,
-        the per cent of its pixels above 0.5; class_confidence, the predicted class's probability;
-        strength, as `fine_maps` has it, in units of the logit (of the last layer, with average
-        pooling and one linear layer on top: all that spoke for the class);
-        inside_head, the map's share there; deletion and deletion_random, the area under the
-        probability when the hottest pixels, or random places, are taken away first;
-        shift_agreement; and what `against_lesions` says of the map and, under the same names with
-        _untrained and _random behind them, of maps that know nothing.
+        brains: (N, S, S) float, 1 = brain.
+        cells: (h, w) of the layer; the areas are as fine as `fine_maps`, half a cell.
     """
-    with torch.no_grad():
-        probs = cam.model(images).cpu().double().softmax(dim=1)  # (N, K)
-    classes, shape = probs.argmax(dim=1).to(images.device), images.shape[-2:]
-    maps, strength = fine_maps(cam, images, classes)  # (N, S, S), (N,)
-    chance = [random_maps(cam.raw, shape, generator) for _ in range(RANDOM_ORDERS)]
-    by_chance = [deletion(cam.model, images, order, classes) for order in chance]
-    hottest = deletion(cam.model, images, maps, classes)
-    found = {
-        "activation_intensity": maps.mean(dim=(1, 2)),
-        "activation_area": 100 * (maps > HOT).float().mean(dim=(1, 2)),
-        "class_confidence": probs.amax(dim=1),
-        "strength": strength,
-        "deletion": hottest.where(strength.cpu() > 0, torch.nan),  # an empty map has no order
-        "deletion_random": torch.stack(by_chance).mean(dim=0),
-        "shift_agreement": shift_agreement(cam, images, maps, classes),
-    }
-    measures = {name: values.cpu().double().numpy() for name, values in found.items()}
-    heads = head_mask(pictures)
-    measures["inside_head"] = share_within(maps.cpu().numpy(), heads)
-    blind, _ = fine_maps(untrained, images, classes)
-    compared = {"": maps, "_untrained": blind, "_random": chance[0]}
-    for name, some in compared.items():
-        told = against_lesions(some.cpu().numpy(), lesions, heads)
-        measures |= {key + name: values for key, values in told.items()}
-    return Explained(probs.numpy(), maps.cpu().numpy(), measures)
+    noise = torch.rand(len(brains), 2 * cells[0], 2 * cells[1], generator=generator)
+    return enlarge(noise, brains.shape[1:], None) + brains  # in [0, 1) outside, [1, 2) inside
 
 
-def against_lesions(
-    maps: np.ndarray, lesions: np.ndarray, heads: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Set maps beside the truth.
-
-    Args:
-        maps: (N, S, S) >= 0.
-        lesions, heads: (N, S, S) bool.
-
-    Returns:
-        (N,) each, NaN without a lesion: pointing, as `hits` says; enrichment, the map's share in
-        the lesion over the lesion's share of the head: 1 is a map spread evenly over the head,
-        less one that lies beside it.
-    """
-    area = lesions.sum(axis=(1, 2)) / np.maximum((heads | lesions).sum(axis=(1, 2)), 1)  # (N,)
-    there = np.where(area > 0, 1, np.nan)
-    enrichment = evaluate.ratio(share_within(maps, lesions), area, np.nan)
-    return {"pointing": hits(maps, lesions) * there, "enrichment": enrichment}
-
-
-def randomisation_check(
-    model: nn.Module, layer: str, images: Tensor, stages: Sequence[str], seed: int = 0
-) -> dict[str, float]:
-    """Whether a map changes when the weights are randomised, one stage after the other.
+def randomisation_check(model: nn.Module, layer: str, images: Tensor, stages: list[str]) -> dict:
+    """Whether maps change when the weights are shuffled, one stage after the other.
 
     From the top down (Adebayo et al., 1810.03292, §3.1) the entries of each of a stage's weights,
     and of its batch norms' statistics, are shuffled: they keep their size and lose what they have
-    learnt. A map that stays what it was shows the picture's edges, not the network's reasons.
+    learned; what is above stays shuffled. A map that stays as it was shows the image's edges, not
+    the network's reasons.
 
     Args:
         model: left as it is; a copy is shuffled.
@@ -441,233 +278,210 @@ def randomisation_check(
         stages: names of its parts, the topmost first.
 
     Returns:
-        by stage, the mean correlation of the maps with those of the unspoilt network, for the class
-        that it predicts, once this stage and all above it are shuffled: 1 = nothing changed. NaN
-        where all maps have become 0.
+        by stage, the mean correlation (Pearson's r) of the maps with those of the intact network,
+        for the class that it predicts, once this stage and all above it are shuffled: 1 =
+        unchanged. It is of the same images for every stage, those whose map was not empty at first;
+        a map that becomes empty counts 0. NaN where all were empty.
     """
-    model, generator, found = copy.deepcopy(model), torch.Generator().manual_seed(seed), {}
-    with GradCAM(model, layer) as cam:
-        before = cam(images)
+    shuffled = copy.deepcopy(model)
+    generator = Generator().manual_seed(0)
+    correlations = {}
+    with GradCAM(shuffled, layer) as cam:
+        intact = cam(images).flatten(1)  # (N, S S)
         classes = cam.logits.argmax(dim=1)
         for stage in stages:
-            for value in model.get_submodule(stage).state_dict().values():
-                shuffled = torch.randperm(value.numel(), generator=generator).to(value.device)
-                value.copy_(value.flatten()[shuffled].view_as(value))
-            found[stage] = float(correlation(before, cam(images, classes)).nanmean())
-    return found
+            for value in shuffled.get_submodule(stage).state_dict().values():
+                order = torch.randperm(value.numel(), generator=generator)
+                value.copy_(value.flatten()[order.to(value.device)].view_as(value))
+            both = torch.cat([intact, cam(images, classes).flatten(1)])  # (2N, S S)
+            r = torch.corrcoef(both)[: len(images), len(images) :].diagonal()  # (N,)
+            correlations[stage] = float(r.nan_to_num(0)[intact.any(dim=1)].mean())
+    return correlations
+
+
+@torch.no_grad()
+def explain(
+    cam: GradCAM, untrained: GradCAM, images: Tensor, lesions: Tensor, generator: Generator
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Map what spoke for the predicted classes of a batch, and measure the maps.
+
+    Args:
+        cam: inside its `with`.
+        untrained: the same, of the same network with random weights.
+        images: (N, 1, S, S), scaled as the model takes them, on its device.
+        lesions: (N, S, S) bool, True = known to be diseased; all False where nothing is known.
+        generator: of the random orders, on the CPU.
+
+    Returns:
+        maps (N, S, S) float32 in [0, 1], and measures by name, (N,) float64 each, NaN = undefined:
+        - activation_intensity, mean of the map; activation_area, share of it above 0.5;
+          class_confidence, before calibration: as they are published;
+        - strength, as `fine_maps` has it; 0 = an empty map, of which what follows is NaN;
+        - inside_brain, the share of the map there; deletion, as the function of that name;
+        - where a lesion is known: pointing, as `pointing_game`; enrichment, the lesion's share of
+          the map over its share of the brain, 1 = spread evenly over the brain, higher is better.
+        deletion_by_untrained and the like say the same of what stands beside the map: the untrained
+        network's map of the same class, the brightness of the scan, or what is random.
+    """
+    confidence, classes = cam.model(images).softmax(dim=1).max(dim=1)  # (N,), (N,)
+    maps, strength = fine_maps(cam, images, classes)  # (N, S, S), (N,)
+    blind, _ = fine_maps(untrained, images, classes)
+    gray = scaled((images - images.amin(dim=(2, 3), keepdim=True)).cpu()[:, 0])  # (N, S, S)
+    brains = brain_mask(gray)  # (N, S, S), 1 = brain
+    lesions = lesions / lesions.amax(dim=(1, 2), keepdim=True)  # unknown: 0 / 0 = NaN, and so on
+    area = share_within(torch.maximum(brains, lesions), lesions)  # (N,), of the brain
+    orders = [random_order(brains, cam.raw.shape[1:], generator) for _ in range(ORDERS)]
+    by_chance = [deletion(cam.model, images, order, classes) for order in orders]
+    measures = {"strength": strength, "deletion_by_random": torch.stack(by_chance).mean(dim=0)}
+    sources = {"": maps, "_by_untrained": blind, "_by_brightness": gray}
+    for beside, source in sources.items():
+        measures["deletion" + beside] = deletion(cam.model, images, source, classes)
+        measures["inside_brain" + beside] = share_within(source, brains)
+        measures["pointing" + beside] = pointing_game(source, lesions)
+        measures["enrichment" + beside] = share_within(source, lesions) / area
+    # What is spread evenly over the image lies in the brain, and over the brain in the lesion, for:
+    measures |= {"inside_brain_by_random": brains.mean(dim=(1, 2)), "pointing_by_random": area}
+    measures |= {"class_confidence": confidence, "activation_intensity": maps.mean(dim=(1, 2))}
+    measures["activation_area"] = (maps > 0.5).double().mean(dim=(1, 2))
+    return maps.numpy(), {name: values.cpu().double().numpy() for name, values in measures.items()}
 
 
 # ---------------------------------------------------------------------------------------------
-# Pictures, table and page
+# Overlay, report and page
+#
+# `columns` is explain.csv, an array (N,) for each column by its name: path, group, label ("" where
+# none is known), prediction, p_<class> of each class (calibrated), the measures of `explain`, and
+# overlay, the PNG's file name beside index.html. A float column that is no p_ is a measure.
+# `shuffled` is what `randomisation_check` returned.
 # ---------------------------------------------------------------------------------------------
 
-PALETTE = np.array([list(bytes.fromhex(code)) for code in COLOURS.split()])  # (10, 3)
+ROW = "| {:34} | {:24} | {:24} | {:24} |"
+CAUTION = """For research, not for diagnosis. Yellow areas raised one class's score most; a red line
+is a known lesion. Yellow need not be diseased, and the answer can be wrong wherever it lies."""
+STYLE = """body { font: 16px/1.5 system-ui; max-width: 60rem; margin: auto; padding: 1rem }
+figure { margin: 3rem 0; overflow-wrap: anywhere } figcaption { font-weight: 600 }
+.wrong, .caution { color: #b91c1c } pre { overflow-x: auto } img + img { object-position: right }
+a { display: grid; row-gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)) }
+img { width: 100%; aspect-ratio: 540/512; object-fit: cover; object-position: left }"""
 
 
-def colour(maps: np.ndarray) -> np.ndarray:
+def colour(values: np.ndarray) -> np.ndarray:
     """Values in [0, 1] of any shape -> (..., 3) in [0, 255], along viridis."""
-    steps = np.linspace(0, 1, len(PALETTE))
-    return np.stack([np.interp(maps, steps, PALETTE[:, k]) for k in range(3)], axis=-1)
+    steps = np.linspace(0, 1, 9)
+    return np.stack([np.interp(values, steps, VIRIDIS[k::3]) for k in range(3)], axis=-1)
 
 
-def overlay_picture(picture: np.ndarray, map_: np.ndarray, lesion: np.ndarray) -> Image.Image:
-    """The scan, the map in colours with its scale, and the map over the scan.
-
-    Args:
-        picture: (S, S) uint8.
-        map_: (S, S) in [0, 1].
-        lesion: (S, S) bool, outlined in the scan.
-    """
-    gray = np.repeat(picture[..., None], 3, axis=2).astype(float)  # (S, S, 3)
-    inner = lesion[1:-1, 1:-1] & lesion[2:, 1:-1] & lesion[:-2, 1:-1]
-    scan = gray.copy()
-    scan[lesion & ~np.pad(inner & lesion[1:-1, 2:] & lesion[1:-1, :-2], 1)] = (255, 90, 60)
-    cover = 0.65 * map_[..., None]  # what is cold stays clear
-    panels = {"scan": scan, "map": colour(map_)}
-    panels["map over scan"] = (1 - cover) * gray + cover * colour(map_)
-    gap, wide = 8, SIDE // evaluate.SCALE
-    image, draw = evaluate.page(3 * (wide + gap) + 40, wide + 28, "", "")
-    for i, (name, pixels) in enumerate(panels.items()):
-        small = Image.fromarray(pixels.round().astype(np.uint8))
-        spot = gap + i * (wide + gap)
-        big = small.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        image.paste(big, (spot * evaluate.SCALE, gap * evaluate.SCALE))
-        evaluate.write(draw, (spot, wide + gap + 2), name, 10, evaluate.MUTED)
-    scale = colour(np.linspace(1, 0, SIDE))[:, None].repeat(16, axis=1)
-    left = gap + 3 * (wide + gap)
-    place = (left * evaluate.SCALE, gap * evaluate.SCALE)
-    image.paste(Image.fromarray(scale.round().astype(np.uint8)), place)
-    for value, y in (("1", gap + 5), ("0", gap + wide - 5)):  # of the map's own maximum
-        evaluate.write(draw, (left + 12, y), value, 10, evaluate.MUTED, "lm")
-    return image
-
-
-class Shown(NamedTuple):
-    """The pictures of one command: parallel arrays, as the table and the page tell them."""
-
-    task: str
-    classes: Sequence[str]
-    paths: Sequence[str]
-    files: Sequence[str]  # of the overlays
-    labels: np.ndarray | None  # (n,) int64; None = unknown
-    groups: np.ndarray  # (n,) int
-    probs: np.ndarray  # (n, K)
-    measures: dict[str, np.ndarray]  # by name, (n,)
-
-    def right(self) -> np.ndarray:
-        """(n,) bool, True = the prediction is the label; all True where no label is known."""
-        preds = self.probs.argmax(axis=1)
-        return preds == (preds if self.labels is None else self.labels)
-
-    def table(self) -> list[tuple]:
-        """explain.csv, header first; what cannot be said is an empty cell."""
-        numbers = [*self.probs.T, *self.measures.values()]
-        preds = self.probs.argmax(axis=1)
-        rows = []
-        for i, path in enumerate(self.paths):
-            label = "" if self.labels is None else self.classes[self.labels[i]]
-            cells = ["" if np.isnan(values[i]) else f"{values[i]:.9g}" for values in numbers]
-            rows.append((path, label, self.classes[preds[i]], *cells, self.files[i]))
-        names = (*(f"p_{name}" for name in self.classes), *self.measures)
-        return [("path", "label", "prediction", *names, "overlay"), *rows]
-
-
-MEASURES = {  # as the report calls them
-    "pointing": "hottest point in the lesion",
-    "enrichment": "lesion's share of map / of head",
-    "inside_head": "share of the map inside the head",
-    "strength": "strength before scaling (logit)",
-    "activation_intensity": "activation intensity",
-    "activation_area": "activation area, %",
-    "class_confidence": "class confidence",
-    "deletion": "confidence left by deletion",
-    "shift_agreement": "agreement under small shifts",
-}
-
-
-def report(shown: Shown, about: str, check: dict[str, float]) -> str:
-    """report.txt: each measure's mean with its interval, beside what knows nothing.
+def overlay(square: np.ndarray, map_: np.ndarray, lesion: np.ndarray) -> Image.Image:
+    """The scan, the map over the scan, and the map's colours from 0 up to its maximum.
 
     Args:
-        about: the layer and the network.
-        check: as `randomisation_check` returns it.
+        square: (S, S) uint8.
+        map_: (S, S) in [0, 1]; where it is cold, the scan stays clear.
+        lesion: (S, S) bool, outlined in both.
     """
-    n, right = len(shown.paths), shown.right()
-    lines = [f"{shown.task}: {n:,} pictures of {len(set(shown.groups)):,} groups; {about}"]
-    lines.append(" " * 42 + f"{'this network':>22}{'untrained':>22}{'random':>22}")
-    for name, text in MEASURES.items():
-        subsets = {"": np.ones(n, bool)}
-        if name in ("pointing", "enrichment") and shown.labels is not None:
-            subsets = {" (right)": right, " (wrong)": ~right}
-        for which, of in subsets.items():
-            cells = [
-                mean_cell(shown.measures.get(name + other), of, shown.groups)
-                for other in ("", "_untrained", "_random")
-            ]
-            lines.append(f"{text + which:42}" + "".join(f"{cell:>22}" for cell in cells))
-    falls = shown.measures["deletion_random"] - shown.measures["deletion"]
-    if not np.isnan(falls).all():
-        verdict = "faster" if np.nanmean(falls) > 0 else "NO faster"
-        lines.append(f"without its hottest places confidence falls {verdict} than without others")
-    empty = int((shown.measures["strength"] == 0).sum())
-    lines.append(f"{empty:,} maps are 0 everywhere: nothing in this layer spoke for the class")
-    lines.append("maps left the same, weights shuffled from the top down (1 = all, 0 = none):")
-    lines.append("  " + ", ".join(f"{name} {value:.2f}" for name, value in check.items()))
+    layers = torch.from_numpy(np.stack([square, map_, lesion])).float()[None]  # (1, 3, S, S)
+    gray, heat, diseased = F.interpolate(layers, (SIDE, SIDE), mode="bilinear")[0].numpy()
+    scan = np.stack([gray, gray, gray], axis=-1)  # (SIDE, SIDE, 3) in [0, 255]
+    both = scan + 0.65 * heat[..., None] * (colour(heat) - scan)
+    wider = F.max_pool2d(torch.from_numpy(diseased)[None], 7, stride=1, padding=3)[0].numpy()
+    outline = (wider > 0.5) & (diseased <= 0.5)  # (SIDE, SIDE) bool, 3 pixels around the lesion
+    scan[outline] = both[outline] = (255, 60, 60)
+    gap = np.full((SIDE, 28, 3), 255)
+    legend = colour(np.linspace(1, 0, SIDE))[:, None].repeat(20, axis=1)  # (SIDE, 20, 3)
+    # Two halves of equal width, so that the page can show them one below the other.
+    panels = np.concatenate([scan, gap, both, gap[:, 20:], legend], axis=1)  # (SIDE, 1080, 3)
+    return Image.fromarray(panels.round().astype(np.uint8))
+
+
+def summary(columns: dict[str, np.ndarray], shuffled: dict[str, float]) -> str:
+    """What the maps are worth, in three sentences.
+
+    A verdict on deletion is drawn only where the 95 % interval of the difference excludes 0. The
+    difference is paired, image by image, and leaves out empty maps, which have no order, on both
+    sides. A single group has no interval and gets no verdict.
+    """
+    drawn = columns["strength"] > 0  # (N,) bool, False = the map is empty
+    blank = np.isnan(columns["inside_brain_by_untrained"])
+    if not drawn.any():
+        return "All maps are empty: nothing in this layer spoke for the predicted classes."
+    gain = (columns["deletion_by_random"] - columns["deletion"])[drawn]
+    low, high = evaluate.mean_interval(gain, columns["group"][drawn]) or (0, 0)
+    verdict = "not measurably faster than random areas of the brain: do not rely on them"
+    if low > 0:
+        verdict = "faster than random areas of the brain: they show what the network needs"
+    if high < 0:
+        verdict = "more slowly than random areas of the brain: do not believe them"
+    unchanged = ", ".join(f"{r:.2f} ({stage})" for stage, r in shuffled.items())
+    return (
+        f"The maps lie in the brain for {columns['inside_brain'][drawn].mean():.0%} (it fills "
+        f"{columns['inside_brain_by_random'][drawn].mean():.0%} of the image).\nTaking the hottest "
+        f"areas away lowers confidence {verdict}.\n{(~drawn).sum()} of {len(drawn)} maps are empty "
+        f"({blank.sum()} of the untrained network's), and when weights are shuffled from the top "
+        f"down, the others still correlate with what they were by {unchanged}."
+    )
+
+
+def mean_cell(values: np.ndarray, groups: np.ndarray) -> str:
+    """The mean of what is defined, with its 95 % interval over groups; '' where nothing is."""
+    values, groups = values[np.isfinite(values)], groups[np.isfinite(values)]
+    if not len(values):
+        return ""
+    interval = evaluate.mean_interval(values, groups)
+    ends = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+    return f"{values.mean():.3f}{ends}"
+
+
+def report(title: str, columns: dict[str, np.ndarray], shuffled: dict[str, float]) -> str:
+    """report.md: the summary, and a table of each measure's mean with its 95 % interval.
+
+    "deletion minus random" is the difference to what stands beside the map, taken image by image,
+    so both sides are of the same images. Correct and wrong answers stand apart; a measure that is
+    defined for no image has no row.
+    """
+    known, correct = columns["label"] != "", columns["label"] == columns["prediction"]  # (N,) bool
+    parts = {"all images": known | True, "correct": correct, "wrong": known & ~correct}
+    names = [name for name in sorted(columns) if columns[name].dtype == float and name[:2] != "p_"]
+    lines = [f"# {' '.join(title.split())}", "", CAUTION, "", summary(columns, shuffled), ""]
+    headings = [f"{name} ({part.sum()})" for name, part in parts.items()]
+    lines += [ROW.format("mean of", *headings), ROW.format("---", "---", "---", "---")]
+    for name in names:
+        own, _, beside = name.partition("_by_")
+        values = columns[own] - columns[name] if beside else columns[own]
+        cells = [mean_cell(values[part], columns["group"][part]) for part in parts.values()]
+        if cells[0]:
+            lines.append(ROW.format(name.replace("_by_", " minus ").replace("_", " "), *cells))
     return "\n".join(lines) + "\n"
 
 
-def mean_cell(values: np.ndarray | None, of: np.ndarray, groups: np.ndarray) -> str:
-    """A mean with its 95 % interval over groups, of what can be said; '' where nothing can."""
-    if values is None or not (of := of & ~np.isnan(values)).any():
-        return ""
-    low, high = evaluate.mean_interval(values[of], groups[of])
-    ends = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
-    return f"{values[of].mean():.3f}{ends}"
+def figure(row: dict) -> str:
+    """One image of the page, from its row of `columns`: the answer, the images, the measures.
 
-
-ABOUT = (
-    "Each map is scaled to its own maximum, so look at the strength first: it is in units of the "
-    "class's score (logit), before scaling. Hottest point in the lesion: how often; a map of "
-    "nothing scores the lesion's share of the picture. Lesion's share of the map over its share "
-    "of the head: 1 is a map spread evenly over the head. Confidence left by deletion: the mean "
-    "probability of the class while the picture is taken away, hottest places first; beside it, "
-    "random places first: no lower means that the map does not show what the network needs. "
-    "Agreement under small shifts: how well the map stays with the head (1 is best). Intensity is "
-    "the mean of the scaled map, area the per cent of it above 0.5. Brackets: 95 % intervals over "
-    "groups. A known lesion is outlined in the scan."
-)
-STYLE = """
-body { font: 16px/1.45 system-ui, sans-serif; color: #1f2937; max-width: 72rem; margin: 0 auto;
-  padding: 1rem }
-h1 { font-size: 1.5rem } h2 { margin-top: 2.5rem; border-bottom: 2px solid #e5e7eb }
-.caution { border-left: 4px solid #b91c1c; padding: .5rem .8rem; background: #fef2f2 }
-pre { overflow-x: auto; font-size: .8rem; background: #f9fafb; padding: .8rem }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)) }
-figure { margin: 0; padding: .8rem; border: 1px solid #e5e7eb; border-radius: 8px;
-  break-inside: avoid }
-img { width: 100%; height: auto } figcaption { font-size: .85rem; overflow-wrap: anywhere }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-td:last-child { text-align: right } td.bar { width: 45% } meter { width: 100% }
-.called { font-weight: 600 } .wrong { color: #b91c1c }
-h2, h3 { break-after: avoid }
-@media print { body { font-size: 10pt; max-width: none } .grid { grid-template-columns: 1fr 1fr }
-  pre { font-size: 7pt; overflow: visible } }
-"""
-
-
-def card(shown: Shown, i: int, overlay: bytes) -> str:
-    """One picture of the page, in HTML."""
-    called, probs = shown.probs[i].argmax(), shown.probs[i]
-    path, name = escape(shown.paths[i]), escape(shown.classes[called])
-    verdict = f'<span class="called">{name}</span>'
-    if shown.labels is not None and shown.labels[i] != called:
-        verdict += f' <span class="wrong">in truth {escape(shown.classes[shown.labels[i]])}</span>'
-    bars = "".join(
-        f'<tr><td>{escape(shown.classes[k])}</td><td class="bar"><meter value="{probs[k]:.4f}">'
-        f"</meter></td><td>{probs[k]:.3f}</td></tr>"
-        for k in np.argsort(-probs, kind="stable")
-    )
-    told = {text: shown.measures[key][i] for key, text in MEASURES.items()}
-    rows = "".join(
-        f"<tr><td>{text}</td><td>{value:.3g}</td></tr>"
-        for text, value in told.items()
-        if not np.isnan(value)
-    )
-    empty = "<p>The map is 0 everywhere.</p>" if shown.measures["strength"][i] == 0 else ""
-    source = f"data:image/png;base64,{base64.b64encode(overlay).decode()}"
-    return (
-        f'<figure><img src="{source}" alt="scan, heat map, and both together"><figcaption>{path}'
-        f"<br>{verdict}{empty}<table>{bars}</table><details open><summary>measures</summary>"
-        f"<table>{rows}</table></details></figcaption></figure>"
-    )
-
-
-def gallery(shown: Shown, text: str, read: Callable[[str], bytes]) -> str:
-    """index.html: one page that needs no network and no script.
-
-    Args:
-        text: the report.
-        read: gives the bytes of an overlay, by its file's name.
+    Scan and overlay are the halves of one PNG, side by side or, on a phone, one below the other.
     """
-    right, title = shown.right(), f"{shown.task}: where the classifier looked"
-    parts = {"Predictions": right}
-    if shown.labels is not None:
-        parts = {"Right predictions": right, "Wrong predictions": ~right}
-    classes = shown.probs.argmax(axis=1) if shown.labels is None else shown.labels
-    body = []
-    for heading, of in parts.items():
-        body.append(f"<h2>{heading}: {of.sum():,}</h2>")
-        for k, name in enumerate(shown.classes):
-            mine = np.flatnonzero(of & (classes == k))
-            mine = mine[np.argsort(-shown.probs[mine].max(axis=1), kind="stable")]
-            some = f", the surest {SHOWN} of them here" if len(mine) > SHOWN else ""
-            if len(mine):
-                cards = "".join(card(shown, i, read(shown.files[i])) for i in mine[:SHOWN])
-                body.append(f"<h3>{escape(name)}: {len(mine):,}{some}</h3>")
-                body.append(f'<div class="grid">{cards}</div>')
+    ranked = sorted((name for name in row if name.startswith("p_")), key=row.get, reverse=True)
+    answer = ", ".join(f"{name[2:]} {row[name]:.1%}" for name in ranked)
+    mark = "answer" if row["label"] in ("", row["prediction"]) else "wrong"
+    numbers = [name for name in row if isinstance(row[name], float) and row[name] == row[name]]
+    measured = [f"{name.replace('_', ' ')} {row[name]:.2f}" for name in numbers if name[:2] != "p_"]
+    source = quote(row["overlay"])
+    return (
+        f'<figure><figcaption class="{mark}">True class {escape(row["label"] or "unknown")}, '
+        f'predicted {escape(answer)}</figcaption><a href="{source}"><img src="{source}" alt="scan">'
+        f'<img src="{source}" alt="map over scan"></a>{" · ".join(measured[:4])}<details><summary>'
+        f"more</summary>{escape(row['path'])} · {' · '.join(measured[4:])}</details></figure>"
+    )
+
+
+def page(title: str, columns: dict[str, np.ndarray], shuffled: dict[str, float]) -> str:
+    """index.html, for a reader of scans: no script, nothing from a network, every name escaped."""
+    figures = ""
+    # Wrong answers first, and of them the most confident.
+    for i in np.lexsort((-columns["class_confidence"], columns["label"] == columns["prediction"])):
+        figures += figure({name: column[i] for name, column in columns.items()})
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
         f'<style>{STYLE}</style><h1>{escape(title)}</h1><p class="caution">{CAUTION}</p>'
-        f"<pre>{escape(text)}</pre><p>{ABOUT}</p>{''.join(body)}</html>\n"
+        f"<p>{escape(summary(columns, shuffled))}</p><details><summary>all measures</summary><pre>"
+        f"{escape(report(title, columns, shuffled))}</pre></details>{figures}</html>\n"
     )

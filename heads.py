@@ -1,218 +1,52 @@
-"""Train a classifier on what the encoder has learnt: a probe, or the whole network, fine-tuned.
+"""Train a classifier on what the encoder has learned: a probe, or the whole network, fine-tuned.
 
-The question a probe asks is how much of a diagnosis can be read off the representation h when the
-encoder may not change. So the encoder sees each picture once, in eval mode, and only a small head
-is trained on those features; seconds, not hours, and few labels are enough. The head is a cosine
-classifier: it compares directions, so a class cannot win by having longer weights, which helps
-where classes are unequal in size. A score counts only where nothing tested was trained on: the
-splits, which come first here, and the second half of this file see to that: for pretraining, for a
-probe, for pictures from elsewhere.
+A probe asks how much of a diagnosis can be read off the representation h while the encoder may not
+change. So the encoder sees each image once, in eval mode, and only a small head is trained on those
+features: seconds, not hours, and few labels are enough. The head is a cosine classifier. It
+compares directions, so a class cannot win by having longer weights, which helps where classes are
+unequal in size. Fine-tuning trains everything, and pays where labels are many. Either is worth only
+what it adds to the same head on features that were never trained, so those are fitted here too.
 
-    m = two times: Linear -> BatchNorm -> ReLU -> Dropout         (N, E) -> (N, 128)
-    logits_k = s * cos(m, w_k),  s learnable, from 10    (Gidaris and Komodakis, 1804.09458, §3.2)
+    m = two times: Linear -> BatchNorm -> ReLU -> Dropout        (N, E) -> (N, 128)
+    logits_k = s cos(m, w_k),  s learnable, from 10     (Gidaris and Komodakis, 1804.09458, §3.2)
+    best epoch = highest accuracy on val, then lowest loss on val, then earliest
 
-Shape letters: N pictures in a batch · E encoder features · K classes. Here also n pictures in all.
+Shape letters: N images in a batch · S their side · E encoder features · K classes. Here also
+n images in a folder, m of one task, k of one split.
+
+Departures:
+  - 1804.09458 leaves out the ReLU before the cosine, so that features may be negative; this head,
+    that of faroukb11/Brain_MRI_Classification, keeps it; not measured;
+  - fine-tuning takes AdamW with a warm-up, not SGD without (2002.05709, B.5), and keeps its best
+    epoch on val, not its last; not measured;
+  - from random weights three learning rates are tried: the one that suits a pretrained network
+    would make this baseline look worse than it is.
+
+What the defaults reproduce, with hardware, minutes and intervals, stands in docs/results.md.
 
 Next: gradcam.py
 """
 
 import copy
-import hashlib
+import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 import data
 import evaluate
 import simclr
 
-SPLIT_SEED = b"simclr-brain-1"  # a constant: --seed never moves a picture between the parts
-CHAIN_SHARE = 0.05  # a group above this share of its task may be strangers linked in a chain
-KNN_MOST = 1000  # pictures of each part that are looked at during a pretraining
-LEAST_STEPS = 10  # in an epoch of fine-tuning: of few pictures, one pass would be a step or two
-WARM_UP = 0.05  # of the steps of a fine-tuning, in which the learning rate rises
-SCRATCH_LRS = (1e-4, 3e-4, 1e-3)  # tried from random weights; the val part chooses
-CHAIN_LEAST = 4  # but no group of so few pictures is suspected
-
-# ---------------------------------------------------------------------------------------------
-# The tasks, and their splits: which pictures train, choose and test
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Task:
-    """One classification task: parallel arrays over its pictures, and how they were split."""
-
-    name: str
-    classes: tuple[str, ...]
-    rows: np.ndarray  # (n,) int64, rows of Pictures
-    labels: np.ndarray  # (n,) int64 in [0, K)
-    groups: np.ndarray  # (n,) int64, group numbers of the whole data folder
-    parts: np.ndarray  # (n,) str: the publisher's train, val, test, or ''
-    split: np.ndarray  # (n,) str: train, val, test or dropped
-    notes: dict  # how the split was made, what was dropped and why
-
-    def part(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One part of the task.
-
-        Args:
-            name: 'train', 'val' or 'test'.
-
-        Returns:
-            rows, labels, groups: (m,) int64 each.
-        """
-        chosen = self.split == name
-        return self.rows[chosen], self.labels[chosen], self.groups[chosen]
-
-
-def parts_of(task: Task) -> dict[str, np.ndarray]:
-    """Where the pictures of each part stand among those of the task: (m,) int64."""
-    return {part: np.flatnonzero(task.split == part) for part in ("train", "val", "test")}
-
-
-def allot(groups: int, test: float, val: float) -> tuple[int, int]:
-    """How many of a class's groups go to test and to val; the rest, at least one, to train.
-
-    A class gives a group to train, then to test, then to val, before proportions apply.
-
-    >>> allot(1, 0.15, 0.15), allot(2, 0.15, 0.15), allot(3, 0.15, 0.15), allot(40, 0.15, 0.15)
-    ((0, 0), (1, 0), (1, 1), (6, 6))
-    """
-    n_test = max(1, int(groups * test + 0.5)) if test and groups > 1 else 0
-    n_val = max(1, int(groups * val + 0.5)) if val and groups > 1 + n_test else 0
-    return n_test, n_val
-
-
-def split_by_group(
-    labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, keys: np.ndarray, clash: np.ndarray
-) -> np.ndarray:
-    """Give each picture to train, val or test such that no group stands in two of them.
-
-    A publisher's test (and val) pictures stay what they are, and the rest of their groups is
-    dropped. What the publisher did not set aside is taken from his training part: 15 % of the
-    groups for val, and for test. Pictures without a publisher's part are split 70/15/15.
-
-    Args:
-        labels: (n,) int64.
-        groups: (n,) int64.
-        parts: (n,) str, the publisher's 'train', 'val', 'test' or ''.
-        keys: (n,) bytes, the picture's hash: it alone decides the order in which groups are dealt.
-        clash: (n,) bool, True = a twin of it in this task has another label; dropped.
-
-    Returns:
-        (n,) str: 'train', 'val', 'test' or 'dropped'.
-    """
-    split = np.where(clash, "dropped", "train").astype("U7")
-    free = ~clash
-    for part in ("test", "val"):
-        own = free & (parts == part)
-        split[own] = part
-        touched = free & np.isin(groups, groups[own])
-        split[touched & ~own] = "dropped"
-        free &= ~touched
-    given = set(parts[~clash])
-    test_share, val_share = (0.0 if part in given else 0.15 for part in ("test", "val"))
-    # Deal the groups out class by class, in an order that only their pixels decide. A group of
-    # several labels counts with its commonest.
-    _, local = np.unique(groups, return_inverse=True)
-    count = local.max(initial=-1) + 1
-    published = np.zeros(count, bool)  # (groups,), True = has a publisher's part
-    published[local[parts == "train"]] = True
-    votes = np.zeros((count, labels.max(initial=0) + 1), np.int64)  # (groups, K)
-    np.add.at(votes, (local[free], labels[free]), 1)
-    lowest: dict[int, bytes] = {}
-    for i in np.flatnonzero(free):
-        lowest[local[i]] = min(keys[i], lowest.get(local[i], keys[i]))
-    order = sorted(lowest, key=lambda g: hashlib.sha256(SPLIT_SEED + lowest[g]).digest())
-    for label in range(votes.shape[1]):
-        for kind, shares in ((False, (0.15, 0.15)), (True, (test_share, val_share))):
-            mine = [g for g in order if votes[g].argmax() == label and published[g] == kind]
-            n_test, n_val = allot(len(mine), *shares)
-            split[free & np.isin(local, mine[:n_test])] = "test"
-            split[free & np.isin(local, mine[n_test : n_test + n_val])] = "val"
-    return split
-
-
-@dataclass(frozen=True)
-class Study(data.Collection):
-    """A data folder with its tasks, each of them split."""
-
-    tasks: dict[str, Task]
-
-    def task(self, name: str) -> Task:
-        """The task called `name`.
-
-        Raises:
-            UserError: there is none.
-        """
-        if name not in self.tasks:
-            found = ", ".join(sorted(self.tasks)) or "none"
-            text = "a task is a folder that holds two or more class folders, each with pictures"
-            raise data.UserError(f"no task {name!r} here; found: {found}; {text}")
-        return self.tasks[name]
-
-
-def make_task(collection: data.Collection, name: str, resplit: bool) -> Task:
-    """Pool the sources of one task, which have the same classes, and split it (`split_by_group`).
-
-    Twins of two labels contradict each other. Since nobody can say which one is right, both are
-    dropped.
-
-    Args:
-        resplit: as in `load`.
-    """
-    pictures, groups, twins = collection.pictures, collection.groups, collection.twins
-    sources = [source for source in collection.sources if source.task == name]
-    classes = sources[0].classes
-    listed = [entry for source in sources for entry in source.rows]
-    listed = [entry for entry in listed if entry[0] not in pictures.unreadable]
-    rows = np.array([row for row, *_ in listed], np.int64)
-    labels = np.array([classes.index(label) for _, label, *_ in listed], np.int64)
-    parts = np.array([part for *_, part, _ in listed], "U7")
-    label_of = np.full(len(pictures.paths), -1)  # (n,), -1 = not in this task
-    label_of[rows] = labels
-    a, b = label_of[twins[:, 0]], label_of[twins[:, 1]]
-    clash = np.isin(rows, twins[(a >= 0) & (b >= 0) & (a != b), :2])
-    keys = np.array([pictures.hashes[row].tobytes().hex().encode() for row in rows])
-    kept = np.full_like(parts, "") if resplit else parts
-    split = split_by_group(labels, groups[rows], kept, keys, clash)
-    largest = int(np.bincount(groups[rows]).max(initial=0))
-    dropped = split == "dropped"
-    notes = {
-        "rule": "publisher's parts kept, cut by group"
-        if (kept != "").any()
-        else "70/15/15 by group",
-        "groups": len(np.unique(groups[rows])),
-        "largest_group": largest,
-        "largest_group_is_suspect": largest > max(CHAIN_SHARE * len(rows), CHAIN_LEAST),
-        "dropped_for_a_twin_with_another_label": int(clash.sum()),
-        "dropped_for_a_group_in_test_or_val": int((dropped & ~clash).sum()),
-        "dropped_paths": [pictures.paths[row] for row in rows[dropped]],
-    }
-    return Task(name, classes, rows, labels, groups[rows], parts, split, notes)
-
-
-def load(*folder: Any, resplit: bool = False, **how: Any) -> Study:
-    """Read a data folder, and split its tasks. Every command starts here.
-
-    Args:
-        folder, how: as `data.load` takes them.
-        resplit: split the publishers' parts anew, as if they had made none.
-    """
-    collection = data.load(*folder, **how)
-    names = sorted({source.task for source in collection.sources})
-    tasks = {name: make_task(collection, name, resplit) for name in names}
-    return Study(**vars(collection), tasks=tasks)
-
+ENCODED = 64  # images that are encoded at once; makes no difference to any digit
+KNN_MOST = 1000  # images of train, and of val, that are looked at during pretraining
+LEAST_STEPS = 10  # in an epoch of fine-tuning: on few images one pass is a step or two; matters
+SCRATCH_LRS = (1e-4, 3e-4, 1e-3)  # peaks tried from random weights; val chooses; ours
 
 # ---------------------------------------------------------------------------------------------
 # The head
@@ -220,59 +54,230 @@ def load(*folder: Any, resplit: bool = False, **how: Any) -> Study:
 
 
 class CosineMLP(nn.Module):
-    """The probe's head: a two-layer MLP, then the cosine to one learnt direction for each class.
+    """The probe's head: a two-layer MLP, then the cosine to one learned direction for each class.
 
     With E = 512, 3 classes and the default widths it has 329,985 parameters.
 
     Args:
         in_features: E.
         num_classes: K.
-        hidden_dims: widths of the two hidden layers.
+        hidden_dims: widths of the hidden layers.
         dropout: chance that a hidden unit is silenced in training; raise it when labels are few.
     """
 
     def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        hidden_dims: tuple[int, ...] = (512, 128),
-        dropout: float = 0.3,
+        self, in_features: int, num_classes: int, hidden_dims=(512, 128), dropout: float = 0.3
     ) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for width in hidden_dims:
-            layers += [nn.Linear(in_features, width), nn.BatchNorm1d(width), nn.ReLU()]
-            layers += [nn.Dropout(dropout)]
-            in_features = width
+        layers, width = [], in_features
+        for next_width in hidden_dims:
+            linear = nn.Linear(width, next_width)
+            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+            nn.init.zeros_(linear.bias)
+            layers += [linear, nn.BatchNorm1d(next_width), nn.ReLU(), nn.Dropout(dropout)]
+            width = next_width
         self.mlp = nn.Sequential(*layers)
-        self.class_weights = nn.Parameter(torch.empty(num_classes, in_features))  # (K, 128)
-        self.scale = nn.Parameter(torch.tensor(10.0))  # s: cosines alone are too flat a softmax
-        for module in self.mlp:
-            if isinstance(module, nn.Linear):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+        self.class_weights = nn.Parameter(torch.empty(num_classes, width))  # (K, 128)
         nn.init.kaiming_normal_(self.class_weights)
+        self.scale = nn.Parameter(torch.tensor(10.0))  # s: cosines alone make too flat a softmax
 
     def forward(self, h: Tensor) -> Tensor:
         """Features (N, E) float -> logits (N, K) in [-s, s]."""
         m = F.normalize(self.mlp(h), dim=1)  # (N, 128), unit rows
         w = F.normalize(self.class_weights, dim=1)  # (K, 128), unit rows
-        return self.scale * m @ w.T  # (N, K)
+        return self.scale * (m @ w.T)  # (N, K)
 
 
-HEADS = {"cosine_mlp": CosineMLP, "linear": nn.Linear}  # by head_type: (in_features, num_classes)
+HEADS = {"cosine_mlp": CosineMLP, "linear": nn.Linear}  # by head_type: (E, K) -> a head
+
+
+class Classifier(nn.Module):
+    """Encoder and head as one network."""
+
+    def __init__(self, encoder: simclr.ResNet, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 1, S, S) float, normalised -> logits (N, K)."""
+        return self.head(self.encoder(images))
+
+
+def untrained(arch: str, seed: int) -> simclr.ResNet:
+    """An encoder with random weights, which `seed` alone decides."""
+    with torch.random.fork_rng(devices=[]):  # layers draw from torch's own generator: give it back
+        torch.manual_seed(seed)
+        return simclr.ARCHITECTURES[arch]()
+
+
+def new_head(head_type: str, in_features: int, num_classes: int, seed: int) -> nn.Module:
+    """A head with random weights, which `seed` alone decides."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return HEADS[head_type](in_features, num_classes)
 
 
 # ---------------------------------------------------------------------------------------------
-# Training a head on features that were computed once
+# Features, what a head makes of them, and an epoch of training
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def features_of(
+    encoder: simclr.ResNet, images: np.ndarray, rows: np.ndarray, scaling: dict, device
+) -> Tensor:
+    """The representations of images as they are: without augmentation, in float32.
+
+    A copy of the encoder runs in eval mode, so that batch norm uses (and keeps) its running
+    statistics. The encoder itself stays as it is: its mode, its memory format, its device. An
+    image's features do not depend on those beside it, not even in the last digit.
+
+    Args:
+        images: (n, S, S) uint8, perhaps memory-mapped; read a batch at a time.
+        rows: (k,) int64, the images to take.
+        scaling: "mean" and "std" that the encoder expects, in units of [0, 1]; a checkpoint is one.
+        device: a torch.device.
+
+    Returns:
+        h: (k, E) float32 on the CPU.
+    """
+    layout = simclr.memory_format(device, bf16=False)
+    encoder = copy.deepcopy(encoder).to(device, memory_format=layout).eval()
+    features = [torch.zeros(0, encoder.feature_dim)]
+    for start in range(0, len(rows), ENCODED):
+        batch = images[rows[start : start + ENCODED]]  # (N, S, S)
+        # Black images fill the last batch up: of another size, it may be computed in another order.
+        batch = np.pad(batch, ((0, ENCODED - len(batch)), (0, 0), (0, 0)))
+        x = torch.from_numpy(batch)[:, None].to(device) / 255  # (ENCODED, 1, S, S), in [0, 1]
+        features.append(encoder((x - scaling["mean"]) / scaling["std"]).cpu())  # (ENCODED, E)
+    return torch.cat(features)[: len(rows)]
+
+
+@torch.no_grad()
+def probabilities(head: nn.Module, features: Tensor) -> np.ndarray:
+    """Class probabilities, the softmax of the logits; not calibrated.
+
+    A float64 copy of the head computes them, in eval mode: in float32 the last digits would depend
+    on how many images are asked about at once.
+
+    Args:
+        features: (k, E) float32 on the CPU.
+
+    Returns:
+        (k, K) float64, rows sum to 1.
+    """
+    exact = copy.deepcopy(head).cpu().double().eval()
+    return exact(features.double()).softmax(dim=1).numpy()
+
+
+def predict_probs(
+    classifier: Classifier, images: np.ndarray, rows: np.ndarray, scaling: dict, device
+) -> np.ndarray:
+    """Class probabilities of images, the arguments being those of `features_of`; not calibrated.
+
+    Every predictions.csv holds `evaluate.with_temperature` of them, at the checkpoint's
+    temperature. A probe's, which come from features, are the same to the last digit.
+
+    Returns:
+        (k, K) float64, rows sum to 1.
+    """
+    return probabilities(
+        classifier.head, features_of(classifier.encoder, images, rows, scaling, device)
+    )
+
+
+def validate(probs: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """How good probabilities (k, K) of the val images are.
+
+    Returns:
+        val_loss, in nats, lower is better, log K for a uniform guess; val_accuracy, in [0, 1],
+        higher is better. Both None without images.
+    """
+    if len(labels) == 0:
+        return {"val_loss": None, "val_accuracy": None}
+    accuracy = float((probs.argmax(axis=1) == labels).mean())
+    return {"val_loss": evaluate.negative_log_likelihood(labels, probs), "val_accuracy": accuracy}
+
+
+def merit(record: dict) -> tuple[float, float]:
+    """What the best epoch has most of.
+
+    >>> merit({"epoch": 3, "val_loss": 0.5, "val_accuracy": 0.9})
+    (0.9, -0.5)
+    >>> merit({"epoch": 3, "val_loss": None, "val_accuracy": None})  # no val: the last epoch wins
+    (3, 0.0)
+    """
+    if record["val_accuracy"] is None:
+        return record["epoch"], 0.0
+    return record["val_accuracy"], -record["val_loss"]
+
+
+def train_epoch(network: nn.Module, optimizer: optim.Optimizer, batches, bf16=False) -> float:
+    """Take one step for each batch; a probe and a fine-tuning differ in their batches alone.
+
+    Args:
+        batches: an iterable of (learning rate, the network's inputs, labels (N,) int64).
+        bf16: in the network; the loss is float32 always.
+
+    Returns:
+        The mean loss of the batches, in nats.
+
+    Raises:
+        UserError: a loss is not finite; the weights are those before the step.
+    """
+    network.train()
+    losses = []
+    for lr, inputs, labels in batches:
+        simclr.set_lr(optimizer, lr)
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
+            logits = network(inputs)  # (N, K)
+        loss = F.cross_entropy(logits.float(), labels)
+        if not loss.isfinite():
+            raise data.UserError(f"the loss is {loss:.3g} at rate {lr:.2g}; try a smaller --lr")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return float(torch.stack(losses).mean())
+
+
+# ---------------------------------------------------------------------------------------------
+# A probe: a head on frozen features, and the same on features that were never trained
 # ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Probing:
-    """The settings of a probe; the defaults are the published values."""
+class Setup:
+    """What classifiers are trained on, and where."""
 
-    epochs: int = 150
+    images: data.Images
+    task: data.Task
+    encoder: simclr.ResNet
+    checkpoint: dict  # of the encoder: its arch, mean and std
+    device: torch.device
+    bf16: bool  # in the training steps of fine-tuning; all else is float32
+
+
+def task_features(setup: Setup, encoder: simclr.ResNet) -> Tensor:
+    """(m, E) float32: features in the order of `task.rows`; nan where an image has no part."""
+    used = np.flatnonzero(np.isin(setup.task.split, ("train", "val", "test")))  # (k,)
+    images, rows = setup.images.squares, setup.task.rows[used]
+    features = torch.full((len(setup.task.rows), encoder.feature_dim), torch.nan)
+    features[used] = features_of(encoder, images, rows, setup.checkpoint, setup.device)
+    return features
+
+
+def part_probs(setup: Setup, classifier: Classifier, part: str) -> np.ndarray:
+    """(k, K) float64: `predict_probs` of the task's train, val or test images."""
+    rows = setup.task.rows[setup.task.part(part)]
+    return predict_probs(classifier, setup.images.squares, rows, setup.checkpoint, setup.device)
+
+
+@dataclass(frozen=True)
+class Probing:
+    """The settings of a probe; the values are faroukb11's, and none was varied here."""
+
+    epochs: int = 150  # at least 1
     batch_size: int = 256
     lr: float = 5e-4
     weight_decay: float = 1e-3
@@ -282,220 +287,103 @@ class Probing:
 def milestone_lr(epoch: int, epochs: int, lr: float) -> float:
     """The rate in epoch 1, ..., epochs: a tenth after 60 % of them, a hundredth after 80 %.
 
-    >>> [milestone_lr(e, 10, 1.0) for e in (1, 6, 7, 8, 9, 10)]
+    >>> [milestone_lr(epoch, 10, 1.0) for epoch in (1, 6, 7, 8, 9, 10)]
     [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
     """
-    passed = ((epoch - 1) * 10 >= epochs * 6) + ((epoch - 1) * 10 >= epochs * 8)
-    return lr / 10**passed
+    done = (epoch - 1) / epochs
+    milestones = (done >= 0.6) + (done >= 0.8)  # 0, 1 or 2 lie behind
+    return lr / 10**milestones
 
 
-def train_probe(
-    head: nn.Module,
-    train: tuple[Tensor, Tensor],
-    val: tuple[Tensor, Tensor],
-    settings: Probing,
-) -> Iterator[dict[str, float]]:
-    """Train a head on features computed once; it ends with the weights of its best epoch.
+def train_head(head: nn.Module, train: tuple, val: tuple, settings: Probing, progress=iter) -> list:
+    """Train a head on features, in place; it ends with the weights of its best epoch on val.
 
-    Best means: highest validation accuracy, then lowest validation loss, then earliest. Without
-    validation pictures the last epoch counts. The test part has no way in here.
+    Without val the last epoch counts. The test images have no way in here.
 
     Args:
-        head: maps (N, E) to (N, K); changed in place, left in eval mode.
-        train, val: (features (n, E) float32, labels (n,) int64), on the CPU, as the head.
+        head: maps (N, E) to (N, K), on the CPU; left in eval mode.
+        train, val: (features (k, E) float32, labels (k,) int64 array); k >= 2 to train on.
+        progress: wraps the range of epochs and shows how far it is, as tqdm does.
 
-    Yields:
-        After each epoch: epoch, train_loss (nats), val_loss, val_accuracy (None without val), lr.
+    Returns:
+        A record of each epoch: epoch, train_loss (nats, with dropout), val_loss, val_accuracy.
+
+    Raises:
+        UserError: the loss is not finite.
     """
-    (features, labels), n = train, len(train[0])
+    features, labels = train[0], torch.from_numpy(train[1])
     optimizer = simclr.adamw(head, settings.weight_decay)
-    best: tuple[float, float] | None = None
-    best_weights = copy.deepcopy(head.state_dict())
-    for epoch in range(1, settings.epochs + 1):
-        lr = milestone_lr(epoch, settings.epochs, settings.lr)
-        simclr.set_lr(optimizer, lr)
-        head.train()
-        order = torch.randperm(n, generator=data.generator_for(settings.seed, epoch, 0))
-        # Even batches, not a small last one: batch norm needs at least two rows.
-        batches = order.tensor_split(-(-n // settings.batch_size))
-        total = torch.zeros(())
-        for step, rows in enumerate(batches, start=1):
-            # Dropout draws from this generator alone; torch.manual_seed would, at every step, also
-            # queue a seed for GPUs that nobody has started.
-            torch.default_generator.manual_seed(data.seed_from(settings.seed, epoch, step))
-            loss = F.cross_entropy(head(features[rows]), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(rows)
-        record = {"epoch": epoch, "train_loss": float(total) / n, "lr": lr}
-        record["val_loss"], record["val_accuracy"] = score(head, *val)
-        rank = (record["val_accuracy"] or 0.0, -(record["val_loss"] or 0.0))
-        if best is None or rank > best or not len(val[0]):
-            best, best_weights = rank, copy.deepcopy(head.state_dict())
-        yield record
-    head.load_state_dict(best_weights)
-    head.eval()
-
-
-@torch.no_grad()
-def score(head: nn.Module, features: Tensor, labels: Tensor) -> tuple[float | None, float | None]:
-    """How good a head is on features it was not trained on.
-
-    Args:
-        features, labels: (n, E) float32, (n,) int64.
-
-    Returns:
-        (mean cross-entropy in nats, accuracy in [0, 1]), the head in eval mode, where dropout is
-        off and batch norm uses its running statistics; (None, None) without pictures.
-    """
-    if not len(labels):
-        return None, None
-    head.eval()
-    logits = head(features)  # (n, K)
-    accuracy = (logits.argmax(dim=1) == labels).float().mean()
-    return float(F.cross_entropy(logits, labels)), float(accuracy)
-
-
-@torch.no_grad()
-def probabilities(head: nn.Module, features: Tensor) -> Tensor:
-    """Class probabilities, the softmax of the logits.
-
-    Args:
-        features: (n, E) float32.
-
-    Returns:
-        (n, K) float64 on the CPU, rows sum to 1.
-    """
-    head.eval()
-    return head(features).double().softmax(dim=1).cpu()
-
-
-# ---------------------------------------------------------------------------------------------
-# A probe: the same head on the encoder's features, and on two that have learnt nothing
-# ---------------------------------------------------------------------------------------------
-
-
-def scaled(images: np.ndarray, checkpoint: dict, device: torch.device) -> Tensor:
-    """Pictures (N, S, S) uint8 as an encoder takes them: (N, 1, S, S) float32, without changes."""
-    x = torch.from_numpy(np.array(images))[:, None].to(device)
-    return (data.to_unit(x) - checkpoint["mean"]) / checkpoint["std"]
-
-
-@torch.no_grad()
-def features_of(
-    encoder: simclr.ResNet,
-    checkpoint: dict,
-    images: np.ndarray,
-    device: torch.device,
-    bf16: bool = False,
-    batch_size: int = 256,
-) -> Tensor:
-    """The representations of pictures as they are, without augmentation.
-
-    The encoder runs in eval mode, so batch norm uses (and keeps) its running statistics and a
-    picture's features do not depend on its neighbours; afterwards its mode is as it was.
-
-    Args:
-        checkpoint: the encoder's; its mean and std scale the pictures.
-        images: (n, S, S) uint8.
-
-    Returns:
-        h: (n, E) float32 on the CPU.
-    """
-    was_training, layout = encoder.training, simclr.memory_format(device, bf16)
-    encoder.to(device, memory_format=layout).eval()
-    features = [torch.zeros(0, encoder.feature_dim)]
-    for i in range(0, len(images), batch_size):
-        x = scaled(images[i : i + batch_size], checkpoint, device)  # (N, 1, S, S)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            h = encoder(x.contiguous(memory_format=layout))
-        features.append(h.float().cpu())
-    encoder.train(was_training)
-    return torch.cat(features)
-
-
-def untrained(arch: str, seed: int) -> simclr.ResNet:
-    """An encoder with random weights, which `seed` alone decides."""
-    torch.manual_seed(seed)
-    return simclr.ARCHITECTURES[arch]()
+    count = math.ceil(len(labels) / settings.batch_size)
+    records, best = [], None
+    with torch.random.fork_rng(devices=[]):  # order and dropout draw from torch's own generator
+        torch.manual_seed(simclr.seed_from(settings.seed, 1))  # other numbers than the weights'
+        for epoch in progress(range(1, settings.epochs + 1)):
+            lr = milestone_lr(epoch, settings.epochs, settings.lr)
+            # Even batches, no small last one: batch norm would see next to nothing in it.
+            batches = torch.randperm(len(labels)).tensor_split(count)  # (N,) each
+            batches = ((lr, features[batch], labels[batch]) for batch in batches)
+            record = {"epoch": epoch, "train_loss": train_epoch(head, optimizer, batches)}
+            record |= validate(probabilities(head, val[0]), val[1])
+            if best is None or merit(record) > merit(best["record"]):
+                best = {"record": record, "weights": copy.deepcopy(head.state_dict())}
+            records.append(record)
+    head.eval().load_state_dict(best["weights"])
+    return records
 
 
 def fit_probe(
-    features: Tensor, task: Task, settings: Probing, head_type: str, progress: Callable
+    features: Tensor, task: data.Task, settings: Probing, head_type: str, progress=iter
 ) -> tuple[nn.Module, list[dict], dict[str, np.ndarray]]:
-    """Train a head on one representation of a task's pictures; the val part chooses its epoch.
+    """Train a new head on the features of a task's images; val chooses its epoch.
 
     Args:
-        features: (n, E) float32, in the order of `task.rows`.
+        features: (m, E) float32 in the order of `task.rows`.
         head_type: one of HEADS.
-        progress: wraps the epochs and shows how far they are, as tqdm does.
 
     Returns:
-        the head, a record for each epoch, probabilities (m, K) of the val part and the test part.
+        the head; the records of `train_head`; {"val": (k, K), "test": (k, K)}, as `probabilities`.
     """
-    labels, of = torch.from_numpy(task.labels), parts_of(task)
-    torch.manual_seed(settings.seed)  # the head's first weights
-    head = HEADS[head_type](features.shape[1], len(task.classes))
-    train, val = ((features[of[part]], labels[of[part]]) for part in ("train", "val"))
-    records = list(progress(train_probe(head, train, val, settings)))
-    return head, records, {p: probabilities(head, features[of[p]]).numpy() for p in ("val", "test")}
+    train, val, test = task.part("train"), task.part("val"), task.part("test")
+    head = new_head(head_type, features.shape[1], len(task.classes), settings.seed)
+    of_train, of_val = (features[train], task.labels[train]), (features[val], task.labels[val])
+    records = train_head(head, of_train, of_val, settings, progress)
+    probs = {"val": probabilities(head, features[val]), "test": probabilities(head, features[test])}
+    return head, records, probs
 
 
-def baselines(
-    checkpoint: dict,
-    pictures: data.Pictures,
-    task: Task,
-    settings: Probing,
-    head_type: str,
-    progress: Callable,
-    device: torch.device,
-    bf16: bool,
-) -> dict[str, dict[str, np.ndarray]]:
-    """What the same head makes of two representations that have learnt nothing.
-
-    Args:
-        checkpoint: of the encoder that they are set beside.
+def baselines(setup: Setup, settings: Probing, head_type: str, progress=iter) -> dict[str, dict]:
+    """What the same head makes of two representations that were never trained.
 
     Returns:
-        by name, probabilities (m, K) of the val part and the test part.
+        name -> the probabilities of val and of test, as `fit_probe` returns them.
     """
-    encoder, found = untrained(checkpoint["arch"], settings.seed), {}
-    pixels = torch.from_numpy(pictures.thumbnails[task.rows]).flatten(1)  # (n, 1024)
-    images = pictures.squares(task.rows)
-    features = {"untrained encoder": features_of(encoder, checkpoint, images, device, bf16)}
-    features["raw 32x32 pixels"] = pixels.float() / 127.5 - 1
+    encoder = untrained(setup.checkpoint["arch"], settings.seed)
+    pixels = torch.from_numpy(setup.images.thumbnails[setup.task.rows])  # (m, 32, 32) uint8
+    features = {f"untrained encoder, {head_type}": task_features(setup, encoder)}  # (m, E)
+    features[f"raw 32x32 pixels, {head_type}"] = pixels.flatten(1) / 127.5 - 1  # (m, 1024)
+    probs = {}
     for name, h in features.items():
-        shown = partial(progress, desc=f"head, {name}")
-        found[name] = fit_probe(h, task, settings, head_type, shown)[2]
-    return found
+        _, _, probs[name] = fit_probe(h, setup.task, settings, head_type, progress)
+    return probs
 
 
 def knn_accuracy(
-    encoder: simclr.ResNet,
-    scaling: dict,
-    pictures: data.Pictures,
-    task: Task,
-    device: torch.device,
-    bf16: bool,
+    encoder: simclr.ResNet, images: data.Images, task: data.Task, scaling: dict, device
 ) -> float | None:
-    """How many val pictures have nearest training pictures of their class (`nearest_neighbours`).
-
-    Args:
-        scaling: the encoder's mean and std.
+    """How many val images have nearest training images of their class: pretraining's log shows it.
 
     Returns:
-        A share of at most KNN_MOST of either part; None where one of them is empty.
+        A share of at most KNN_MOST images, in [0, 1], higher is better; None without train or val.
     """
-    chance, of = np.random.default_rng(0), parts_of(task)
-    some = [chance.permutation(of[part])[:KNN_MOST] for part in ("train", "val")]
-    if not all(map(len, some)):
+    generator = np.random.default_rng(0)
+    train = generator.permutation(task.part("train"))[:KNN_MOST]
+    val = generator.permutation(task.part("val"))[:KNN_MOST]
+    if len(train) == 0 or len(val) == 0:
         return None
-    squares = (pictures.squares(task.rows[rows]) for rows in some)
-    known, asked = (features_of(encoder, scaling, x, device, bf16).numpy() for x in squares)
-    labels = [task.labels[rows] for rows in some]
-    votes = evaluate.nearest_neighbours(known, labels[0], asked, len(task.classes))
-    return float((votes.argmax(axis=1) == labels[1]).mean())
+    h_train = features_of(encoder, images.squares, task.rows[train], scaling, device).numpy()
+    h_val = features_of(encoder, images.squares, task.rows[val], scaling, device).numpy()
+    votes = evaluate.nearest_neighbours(h_train, task.labels[train], h_val, len(task.classes))
+    return float((votes.argmax(axis=1) == task.labels[val]).mean())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -505,114 +393,82 @@ def knn_accuracy(
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The settings of a fine-tuning; the defaults are the published values."""
+    """The settings of a fine-tuning; ours. Of them only the learning rate was varied."""
 
-    epochs: int = 30  # for each learning rate
+    epochs: int = 30  # for each learning rate; at least 1
     batch_size: int = 64
-    lrs: tuple[float, ...] = (1e-4,)  # after the warm-up; of several, the val part chooses
+    lrs: tuple[float, ...] = (1e-4,)  # peaks; of several val chooses; matters
     weight_decay: float = 1e-4
     seed: int = 0
-    mean: float = 0.5
-    std: float = 0.5
-
-    def steps(self, n: int) -> int:
-        """In an epoch of n pictures; where they are few, they come round more than once."""
-        return max(LEAST_STEPS, -(-n // self.batch_size))
 
 
-def fine_tuning(
-    encoder: simclr.ResNet,
-    num_classes: int,
-    settings: FineTuning,
-    n: int,
-    device: torch.device,
-    bf16: bool,
-) -> simclr.Run:
-    """A fine-tuning that is about to begin; the head is new.
+def augmented_batches(setup: Setup, settings: FineTuning, number: int, progress) -> Iterator[tuple]:
+    """The training images of an epoch, in random order, for `train_epoch`.
+
+    Every batch is full: where images are few, they come round more than once. Step 0 of an epoch
+    draws its order, step s >= 1 the views of its batch s.
 
     Args:
-        encoder: on the CPU; trained in place.
-        n: training pictures.
+        number: of the epoch, from 0, through all learning rates.
+
+    Yields:
+        learning rate; views (N, 1, S, S) float32; labels (N,).
     """
-    torch.manual_seed(settings.seed)
-    networks = {"encoder": encoder, "head": nn.Linear(encoder.feature_dim, num_classes)}
-    epochs, batch = settings.epochs * len(settings.lrs), min(settings.batch_size, n)
-    run = simclr.Run(networks, settings, epochs, settings.steps(n), batch, device, bf16)
-    run.first = copy.deepcopy(run.networks.state_dict())  # with which each learning rate begins
-    return run
+    task, train = setup.task, setup.task.part("train")
+    size = min(settings.batch_size, len(train))
+    steps = max(LEAST_STEPS, math.ceil(len(train) / size))
+    passes = math.ceil(steps * size / len(train))
+    peak = settings.lrs[number // settings.epochs]
+    epoch = number % settings.epochs  # with this learning rate
+    generator = simclr.generator_for(settings.seed, number, 0)
+    order = torch.rand(passes, len(train), generator=generator).argsort(dim=1).flatten().numpy()
+    for step in progress(range(steps)):
+        lr = simclr.warmup_cosine(epoch * steps + step, settings.epochs * steps, peak, 0.0)
+        batch = train[order[step * size : (step + 1) * size]]  # (N,)
+        images = torch.as_tensor(setup.images.squares[task.rows[batch]])[:, None].to(setup.device)
+        generator = simclr.generator_for(settings.seed, number, step + 1)
+        mean, std = setup.checkpoint["mean"], setup.checkpoint["std"]
+        views = simclr.one_view(images, generator, simclr.ALL, mean, std)
+        yield lr, views, torch.from_numpy(task.labels[batch]).to(setup.device)
 
 
 def finetune(
-    run: simclr.Run,
-    images: np.ndarray,
-    train: tuple[np.ndarray, Tensor],
-    val: tuple[np.ndarray, Tensor],
-) -> Iterator[dict[str, float] | None]:
-    """Train encoder and head to the run's end, from wherever it is; end with the best weights.
+    setup: Setup, classifier: Classifier, settings: FineTuning, resume: dict = None, progress=iter
+) -> Iterator[tuple[dict, dict]]:
+    """Train encoder and head, in place; they end with the weights of their best epoch on val.
 
-    Best means what it means in `train_probe`, over all epochs of all learning rates, each of which
-    begins with the same weights. The test part has no way in here.
+    With several learning rates, each begins with the same weights, and the best epoch is that of
+    all. Test images are never read.
 
     Args:
-        images: (m, S, S) uint8, an array in memory or on disk.
-        train, val: (rows of images (n,) int64, labels (n,) int64).
+        classifier: as it begins, also where it then goes on.
+        resume: the state to go on from.
+        progress: wraps the range of an epoch's steps.
 
     Yields:
-        After each step None or, after an epoch's last one, its record: epoch, peak_lr, lr,
-        train_loss (nats, of augmented pictures), val_loss, val_accuracy (None without val)...
+        After each epoch its record (epoch, train_loss, val_loss, val_accuracy, peak_lr) and the
+        state, all that going on needs; it refers to the classifier and copies only its best epoch.
+
+    Raises:
+        UserError: the loss is not finite; the weights are those before the step.
     """
-    settings, networks, (rows, labels) = run.settings, run.networks, train
-    size, steps = run.batch, settings.epochs * run.steps
-    run.since = time.perf_counter()
-    while not run.finished:
-        epoch = len(run.records) + 1
-        trial, before = divmod(epoch - 1, settings.epochs)  # which learning rate, its epochs done
-        generator_of = partial(data.generator_for, settings.seed, epoch)
-        if run.step == before == 0:
-            networks.load_state_dict(run.first)
-            run.optimizer = simclr.adamw(networks, settings.weight_decay)
-        # Step 0 of an epoch draws its order, step s >= 1 the views of its batch s.
-        lots = torch.rand(-(-run.steps * size // len(rows)), len(rows), generator=generator_of(0))
-        order = lots.argsort(dim=1).flatten()[: run.steps * size].view(run.steps, size)
-        for chosen in order[run.step :].numpy():  # (size,)
-            done = before * run.steps + run.step  # with this learning rate
-            lr = simclr.cosine_lr(done, steps, settings.lrs[trial], 0.0)
-            lr *= min(1.0, (done + 1) / (WARM_UP * steps))
-            simclr.set_lr(run.optimizer, lr)
-            batch = torch.from_numpy(images[rows[chosen]])[:, None].to(run.device)
-            targets = labels[chosen].to(run.device)
-            numbers = data.draw_views(size, generator_of(run.step + 1))
-            views = data.apply_views(batch, numbers, settings.mean, settings.std)  # (N, 1, S, S)
-            logits = simclr.embed(networks, views, run.bf16).float()  # (N, K)
-            loss = F.cross_entropy(logits, targets)
-            run.optimizer.zero_grad()
-            loss.backward()
-            run.update(loss, lr)
-            right = (logits.argmax(dim=1) == targets).float().mean()
-            run.sums += torch.stack([loss.detach(), right, torch.zeros_like(right)])
-            run.step += 1
-            run.tick()
-            yield validate(run, images, val, lr) if run.step == run.steps else None
-    if run.best:
-        networks.load_state_dict(run.best["networks"])
-    networks.eval()
-
-
-def validate(
-    run: simclr.Run, images: np.ndarray, val: tuple[np.ndarray, Tensor], lr: float
-) -> dict[str, float]:
-    """Record an epoch of `finetune` whose steps are done; keep its weights if it is the best."""
-    settings, networks, (rows, labels) = run.settings, run.networks, val
-    record = simclr.finish_epoch(run, lr, ("train_loss", "train_accuracy"))
-    record["peak_lr"] = settings.lrs[(record["epoch"] - 1) // settings.epochs]
-    h = features_of(networks["encoder"], vars(settings), images[rows], run.device, run.bf16)
-    h, labels = h.to(run.device), labels.to(run.device)
-    record["val_loss"], record["val_accuracy"] = score(networks["head"], h, labels)
-    rank = [record["val_accuracy"] or 0.0, -(record["val_loss"] or 0.0)]
-    if not run.best or rank > run.best["rank"] or not len(rows):
-        weights = copy.deepcopy(networks.state_dict())
-        run.best = {"rank": rank, "peak_lr": record["peak_lr"], "networks": weights}
-    return record
+    labels = setup.task.labels[setup.task.part("val")]
+    first = copy.deepcopy(classifier.state_dict())
+    optimizer = simclr.prepare(classifier, settings, setup.device, setup.bf16, resume)
+    finished, best = (resume["finished"], resume["best"]) if resume else (0, None)
+    for number in range(finished, len(settings.lrs) * settings.epochs):
+        if number % settings.epochs == 0:  # here begins the next learning rate
+            classifier.load_state_dict(first)
+            optimizer = simclr.adamw(classifier, settings.weight_decay)
+        record = {"epoch": number + 1, "peak_lr": settings.lrs[number // settings.epochs]}
+        batches = augmented_batches(setup, settings, number, progress)
+        record["train_loss"] = train_epoch(classifier, optimizer, batches, setup.bf16)
+        record |= validate(part_probs(setup, classifier, "val"), labels)
+        if best is None or merit(record) > merit(best["record"]):
+            best = {"record": record, "weights": copy.deepcopy(classifier.state_dict())}
+        state = {"weights": classifier.state_dict(), "optimizer": optimizer.state_dict()}
+        yield record, state | {"finished": number + 1, "best": best}
+    classifier.eval().load_state_dict(best["weights"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -620,355 +476,111 @@ def validate(
 # ---------------------------------------------------------------------------------------------
 
 
-def label_subset(task: Task, fraction: float, seed: int) -> Task:
+def label_subset(task: data.Task, fraction: float, seed: int) -> data.Task:
     """A task in which only some of the training groups have kept their labels.
 
-    Of each class the first groups of a random order are taken, at least one. So for one seed the
-    groups of a smaller fraction are among those of a larger one.
+    All groups are put in one random order, and of those with images of a class the first ones are
+    taken, at least one. So for one seed the groups of a smaller fraction are among those of a
+    larger one. Val and test stay whole.
 
     Args:
-        fraction: of the training groups, in (0, 1].
+        fraction: of each class's training groups, in (0, 1].
         seed: of the order.
 
     Returns:
-        the task; the split of what has lost its label is "unlabelled".
+        The task; the split of what has lost its label is "unlabelled".
     """
-    train, split = np.flatnonzero(task.split == "train"), task.split.astype("U10")
-    groups, member = np.unique(task.groups[train], return_inverse=True)
-    votes = np.zeros((len(groups), len(task.classes)), np.int64)  # (G, K)
-    np.add.at(votes, (member, task.labels[train]), 1)
-    kept, generator = np.zeros(len(groups), bool), np.random.default_rng(seed)
+    train = task.part("train")
+    groups, labels = task.groups[train], task.labels[train]  # (k,) each
+    order = np.random.default_rng(seed).permutation(np.unique(groups))
+    labelled = []
     for label in range(len(task.classes)):
-        # A group of several labels counts with its commonest, unless nobody else has this one.
-        mine = np.flatnonzero(votes.argmax(axis=1) == label)
-        mine = generator.permutation(mine if len(mine) else np.flatnonzero(votes[:, label]))
-        kept[mine[: max(1, round(fraction * len(mine)))]] = True
-    split[train[~kept[member]]] = "unlabelled"
+        of_class = order[np.isin(order, groups[labels == label])]
+        labelled.extend(of_class[: max(1, round(fraction * len(of_class)))])
+    split = task.split.astype("U10")
+    split[train[~np.isin(groups, labelled)]] = "unlabelled"
     return replace(task, split=split)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What methods are compared on: the same labelled groups, the same pictures, one encoder."""
-
-    task: Task
-    images: np.ndarray  # (n, S, S) uint8, the task's pictures in the order of its rows
-    encoder: simclr.ResNet
-    checkpoint: dict  # the encoder's
-    settings: FineTuning  # from scratch, all of SCRATCH_LRS are tried
-    device: torch.device
-    bf16: bool
-
-    def fit(self, plan: Sequence[tuple[float, int, str]]) -> Iterator[dict | None]:
-        """Fit each method of a plan; the test part is asked once for each fit.
-
-        Args:
-            plan: (fraction of the training groups, seed, one of evaluate.METHODS) of each fit.
-
-        Yields:
-            None after each step of a fine-tuning, and after each fit: method, fraction, seed;
-            groups and pictures with labels; trained parameters; seconds of training (features that
-            are computed once count with the share that is used); lr, the chosen one; probs, (N, K)
-            as lists, of the test part.
-        """
-        kept: dict[tuple, tuple[Tensor, float]] = {}
-        for fraction, seed, method in plan:
-            cut = label_subset(self.task, fraction, seed)
-            of = parts_of(cut)
-            cell = {"method": method, "fraction": fraction, "seed": seed, "lr": None}
-            cell["groups"] = len(np.unique(cut.groups[of["train"]]))
-            cell["pictures"] = len(of["train"])
-            if method in ("finetune", "scratch"):
-                yield cell | (yield from self.fit_network(cut, seed, method == "scratch"))
-            else:
-                yield cell | self.fit_features(cut, seed, method, kept)
-
-    def count_steps(self, plan: Sequence[tuple[float, int, str]]) -> int:
-        """How many steps of fine-tuning `fit` takes for a plan."""
-        trials, total = {"finetune": len(self.settings.lrs), "scratch": len(SCRATCH_LRS)}, 0
-        for fraction, seed, method in plan:
-            n = len(parts_of(label_subset(self.task, fraction, seed))["train"])
-            total += trials.get(method, 0) * self.settings.epochs * self.settings.steps(n)
-        return total
-
-    def fit_network(self, cut: Task, seed: int, scratch: bool) -> Iterator[None]:
-        """Fine-tune a copy of the encoder, or random weights; returns what `fit` says of it."""
-        of, labels, began = parts_of(cut), torch.from_numpy(cut.labels), time.perf_counter()
-        train, val = ((of[part], labels[of[part]]) for part in ("train", "val"))
-        arch = self.checkpoint["arch"]
-        encoder = untrained(arch, seed) if scratch else copy.deepcopy(self.encoder)
-        lrs = SCRATCH_LRS if scratch else self.settings.lrs
-        settings = replace(self.settings, seed=seed, lrs=lrs)
-        where = self.device, self.bf16
-        run = fine_tuning(encoder, len(cut.classes), settings, len(train[0]), *where)
-        yield from (None for _ in finetune(run, self.images, train, val))
-        cell = {"seconds": time.perf_counter() - began, "lr": run.best["peak_lr"]}
-        cell["parameters"] = sum(p.numel() for p in run.networks.parameters())
-        h = features_of(encoder, self.checkpoint, self.images[of["test"]], *where)
-        return cell | {"probs": probabilities(run.networks["head"].cpu(), h).tolist()}
-
-    def fit_features(self, cut: Task, seed: int, method: str, kept: dict) -> dict:
-        """Fit a probe or ask for neighbours; what `fit` says of it.
-
-        Args:
-            kept: features computed before, and seconds a picture; added to.
-        """
-        of, began, key = parts_of(cut), time.perf_counter(), seed if method == "untrained" else None
-        if key not in kept:
-            random = method == "untrained"
-            encoder = untrained(self.checkpoint["arch"], seed) if random else self.encoder
-            h = features_of(encoder, self.checkpoint, self.images, self.device, self.bf16)
-            kept[key] = h, (time.perf_counter() - began) / len(h)
-        h, each = kept[key]
-        began = time.perf_counter() - each * (len(of["train"]) + len(of["val"]))
-        if method == "knn":
-            known = h[of["train"]].numpy(), cut.labels[of["train"]]
-            asked = h[of["test"]].numpy(), len(cut.classes)
-            probs, parameters = evaluate.nearest_neighbours(*known, *asked), 0
-        else:
-            head, _, found = fit_probe(h, cut, Probing(seed=seed), "cosine_mlp", iter)
-            probs, parameters = found["test"], sum(p.numel() for p in head.parameters())
-        seconds = time.perf_counter() - began
-        return {"seconds": seconds, "parameters": parameters, "probs": probs.tolist()}
-
-
-# ---------------------------------------------------------------------------------------------
-# What may be trained on, and what may be tested
-# ---------------------------------------------------------------------------------------------
-
-
-def left_out(study: Study) -> np.ndarray:
-    """Why pretraining leaves a picture out: (n,) str, '' for those that it may see.
-
-    Every picture stays out whose group is in a val or test part of any task, and those that a task
-    dropped. This is what keeps an encoder from having seen, without its label, the very picture (or
-    patient) it is later tested on.
-    """
-    held = [task.groups[np.isin(task.split, ("val", "test"))] for task in study.tasks.values()]
-    why = np.full(len(study.groups), "", object)
-    why[np.isin(study.groups, np.concatenate([*held, []]))] = "of a group that is held out"
-    for task in study.tasks.values():
-        why[task.rows] = np.where(task.split == "train", why[task.rows], task.split)
-    why[why == "dropped"] = "dropped (in a group with those, or twins of two labels)"
-    why[list(study.pictures.unreadable)] = "unreadable"
-    return why
-
-
-def pretraining_rows(study: Study) -> np.ndarray:
-    """(m,) int64: the pictures that pretraining may see (`left_out`)."""
-    return np.flatnonzero(left_out(study) == "")
-
-
-def usage(study: Study) -> list[str]:
-    """A line for each source: how many of its pictures pretraining uses, and why not the others."""
-    why, homes, lines = left_out(study), np.array(study.homes), []
-    for home in dict.fromkeys(study.homes):
-        task = "/".join(source.task for source in study.sources if source.folder == home)
-        counts = Counter(why[homes == home])
-        used, n = counts.pop("", 0), (homes == home).sum()
-        others = ", ".join(f"{counts[name]:,} {name}" for name in sorted(counts, reverse=True))
-        text = (
-            f"  source {home or '.'} ({task or 'no labels'}): {used:,} of {n:,} pictures are used"
-        )
-        lines.append(f"{text}; left out: {others}" if others else text)
-    return lines
-
-
-def was_seen(study: Study, seen: np.ndarray) -> np.ndarray:
-    """Which pictures somebody has trained on, or on others of their group, found by pixels.
+def fit(
+    setup: Setup, method: str, fraction: float, seed: int, settings: FineTuning, progress=iter
+) -> dict:
+    """Fit one method to one draw of labels: a line of fits.jsonl.
 
     Args:
-        seen: (m, 16) uint8 hashes, as encoder.pt and classifier.pt remember them.
+        method: one of evaluate.METHODS. "probe", "linear" and "knn" leave the pretrained encoder
+            as it is and read its features with a cosine MLP, a linear layer, the nearest
+            neighbours; "untrained" is a probe of random weights, "scratch" fine-tunes such.
+        fraction: of the training groups that keep their labels.
+        seed: of the draw, and of all that a method draws.
+        settings: of fine-tuning; from scratch SCRATCH_LRS are tried.
 
     Returns:
-        (n,) bool over all pictures of the folder, True = seen.
+        method, fraction, seed; groups and images with labels; parameters that were trained;
+        seconds, from images to answers; lr, the chosen peak (None where none is chosen);
+        probs, of test, (k, K) as lists.
     """
-    known = np.isin(study.pictures.names(), seen.view("S16")[:, 0])
-    return np.isin(study.groups, study.groups[known])
-
-
-def refuse_leak(study: Study, task: Task, seen: np.ndarray, allowed: bool) -> list[str]:
-    """The test pictures whose group the encoder was pretrained on.
-
-    Args:
-        seen: (n, 16) uint8, what the encoder's checkpoint remembers.
-        allowed: --allow-leak was given.
-
-    Returns:
-        Their paths; none for an honest result.
-
-    Raises:
-        UserError: there are some, and they are not allowed.
-    """
-    rows, _, _ = task.part("test")
-    leaked = [study.pictures.paths[row] for row in rows[was_seen(study, seen)[rows]]]
-    if leaked and not allowed:
-        raise data.UserError(
-            f"the encoder was pretrained on {len(leaked)} of the {len(rows)} test pictures of "
-            f"{task.name} or on others of their groups, the first is {leaked[0]!r}; pretrain with "
-            "the same --data, --group-pattern and --resplit (--allow-leak goes on all the same)"
-        )
-    return leaked
-
-
-def check_split(task: Task) -> None:
-    """See that every class has pictures to train on and others to test with.
-
-    Raises:
-        UserError: one has not.
-    """
-    for label, class_ in enumerate(task.classes):
-        for part in ("train", "test"):
-            if not (task.labels[task.split == part] == label).any():
-                n = len(np.unique(task.groups[task.labels == label]))
-                mend = "add other patients' pictures, or take the class out"
-                if (task.parts != "").any() and n > 1:
-                    mend = "the publisher's parts share them all; --resplit deals them out anew"
-                text = f"class {class_!r} of task {task.name} has {n} group(s), and none for the"
-                text += f" {part} part; a patient's pictures are never split"
-                raise data.UserError(f"{text}, that would test on what was trained on: {mend}")
-
-
-def test_part(study: Study, task: Task) -> evaluate.TestPart:
-    """The test part of a task, as evaluate.py takes it."""
-    rows, labels, groups = task.part("test")
-    paths = [study.pictures.paths[row] for row in rows]
-    return evaluate.TestPart(task.name, task.classes, paths, labels, groups)
-
-
-def unseen_part(
-    study: Study, task: Task, seen: np.ndarray, allowed: bool
-) -> tuple[Task, list[str]]:
-    """A task as one test part, for a classifier that may have been trained on some of it.
-
-    Args:
-        seen: (m, 16) uint8, what the classifier's checkpoint remembers. These pictures are dropped
-            with their groups; so is what the task drops anyway: twins with another label, and
-            those of a publisher's test picture, which would count twice.
-        allowed: --allow-leak was given: what it has seen is tested all the same.
-
-    Returns:
-        (the task with its new split; the paths of what was seen and is tested all the same)
-
-    Raises:
-        UserError: nothing is left.
-    """
-    before = task.split == "dropped"
-    known = was_seen(study, seen)[task.rows] & ~before
-    dropped = before | (known & (not allowed))  # (n,) bool
-    paths = [study.pictures.paths[row] for row in task.rows]
-    if dropped.all():
-        raise data.UserError(
-            f"no picture of {task.name} is left to test: the classifier was trained on "
-            f"{known.sum()} of {len(paths)} or on others of their groups, {before.sum()} more are "
-            f"dropped, the first is {(paths or [None])[0]!r}; give pictures from elsewhere "
-            "(--allow-leak goes on all the same)"
-        )
-    notes = {
-        "rule": "everything the classifier has not seen",
-        "dropped_for_a_group_it_has_seen": 0 if allowed else int(known.sum()),
-        "dropped_by_the_split": int(before.sum()),
-        "dropped_paths": [path for path, out in zip(paths, dropped, strict=True) if out],
-    }
-    leaked = [path for path, out in zip(paths, known & allowed, strict=True) if out]
-    return replace(task, split=np.where(dropped, "dropped", "test"), notes=notes), leaked
+    began = time.perf_counter()
+    record = {"method": method, "fraction": fraction, "seed": seed, "lr": None}
+    task = label_subset(setup.task, fraction, seed)
+    train, test, K = task.part("train"), task.part("test"), len(task.classes)
+    setup = replace(setup, task=task)
+    encoder = setup.encoder
+    if method in ("scratch", "untrained"):
+        encoder = untrained(setup.checkpoint["arch"], seed)
+    if method in ("finetune", "scratch"):
+        lrs = SCRATCH_LRS if method == "scratch" else settings.lrs
+        settings = replace(settings, lrs=lrs, seed=seed)
+        head = new_head("linear", encoder.feature_dim, K, seed)
+        trained = Classifier(copy.deepcopy(encoder), head)
+        epochs = finetune(setup, trained, settings, progress=progress)
+        record["lr"] = max([epoch for epoch, _ in epochs], key=merit)["peak_lr"]
+        probs = part_probs(setup, trained, "test")
+    elif method == "knn":
+        h = task_features(setup, encoder).numpy()
+        trained = nn.Identity()  # nothing is
+        probs = evaluate.nearest_neighbours(h[train], task.labels[train], h[test], K)
+    else:
+        h = task_features(setup, encoder)
+        head_type = "linear" if method == "linear" else "cosine_mlp"
+        trained, _, of_parts = fit_probe(h, task, Probing(seed=seed), head_type, progress)
+        probs = of_parts["test"]
+    record |= {"groups": len(np.unique(task.groups[train])), "images": len(train)}
+    record["parameters"] = sum(parameter.numel() for parameter in trained.parameters())
+    return record | {"seconds": time.perf_counter() - began, "probs": probs.tolist()}
 
 
 # ---------------------------------------------------------------------------------------------
-# What a task holds, as tables and in words
-# ---------------------------------------------------------------------------------------------
-
-
-def fingerprint(study: Study) -> str:
-    """A digest of every path and every pixel: two runs with equal ones saw the same data."""
-    digest = hashlib.sha256("\n".join(study.pictures.paths).encode("utf8", "surrogateescape"))
-    digest.update(np.ascontiguousarray(study.pictures.hashes))
-    return digest.hexdigest()
-
-
-def split_table(study: Study, task: Task) -> list[tuple]:
-    """splits.csv, header first: path, label, group, split, pixel_hash (hexadecimal)."""
-    paths, hashes = study.pictures.paths, study.pictures.hashes
-    lines = zip(task.rows, task.labels, task.groups, task.split, strict=True)
-    rows = [(paths[r], task.classes[k], g, p, hashes[r].tobytes().hex()) for r, k, g, p in lines]
-    return [("path", "label", "group", "split", "pixel_hash"), *rows]
-
-
-def survey(study: Study, task: Task, meter: dict) -> str:
-    """A task as a table, and in the sentences a person needs: what leaks, and what that is worth.
-
-    Args:
-        meter: as `evaluate.leak_meter` returns it.
-    """
-    N, pixels = len(task.rows), study.pictures.names()[task.rows]
-    copy = np.ones(N, bool)  # (N,) bool, True = seen before
-    copy[np.unique(pixels, return_index=True)[1]] = False
-    place = np.full(len(study.pictures.paths), -1)  # in this task; -1 = of another one
-    place[task.rows] = np.arange(N)
-    twins = np.column_stack([place[study.twins[:, :2]], study.twins[:, 2]])
-    twins = twins[twins.min(axis=1) >= 0]
-    has_twin = np.isin(np.arange(N), twins[:, :2])
-    header = ("class", "pictures", "groups", "duplicates", "have twins", *evaluate.PARTS)
-    lines = [f"task {task.name}, split: {task.notes['rule']}"]
-    lines.append("".join(f"{name:>12}" for name in header))
-    for k, name in (*enumerate(task.classes), (None, "all")):
-        of = np.ones(N, bool) if k is None else task.labels == k
-        counts = [of.sum(), len(np.unique(task.groups[of])), copy[of].sum(), has_twin[of].sum()]
-        counts += [(task.split[of] == name).sum() for name in evaluate.PARTS]
-        name = name if len(name) <= 12 else name[:11] + "…"
-        lines.append(f"{name:>12}" + "".join(f"{count:12,}" for count in counts))
-    lines += evaluate.publishers_leak(task.parts, task.split, task.groups, pixels, twins)
-    means = {name: f"{np.mean(v):.3f}" if v else "n/a" for name, v in meter.items()}
-    lines += [
-        f"Split by picture, {meter['recognised'][0]:.1%} of the tested pictures would have one of "
-        "their own group in training.",
-        "Leak meter, the nearest neighbour on 32x32 pixels, mean of "
-        f"{evaluate.LEAK_SPLITS} splits: {means['by picture']} by picture, {means['by group']} by "
-        f"group; always answering the commonest class: {means['commonest']}.",
-    ]
-    known = np.isin(task.rows, study.patients[:, 1]).sum()
-    hint = "." if known else "; --group-pattern says how names tell him."
-    lines.append(f"The patient is known of {known:,} of {N:,} pictures{hint}")
-    clash = task.notes["dropped_for_a_twin_with_another_label"]
-    lines += [f"{clash:,} pictures are left out: a twin has another label."] if clash else []
-    try:
-        check_split(task)
-    except data.UserError as error:
-        lines.append(f"It cannot be probed: {error}")
-    return "\n".join(lines) + "\n"
-
-
-# ---------------------------------------------------------------------------------------------
-# Classifiers, from one place to another
+# classifier.pt, and images from elsewhere
 # ---------------------------------------------------------------------------------------------
 
 
 def save_classifier(
-    path: Path,
-    checkpoint: dict,
-    head: nn.Module,
-    head_type: str,
-    study: Study,
-    task: Task,
-    **values: Any,
+    path: Path, classifier: Classifier, setup: Setup, head_type: str, temperature: float, config
 ) -> None:
-    """Write classifier.pt: the encoder, the head, and what both were trained on.
+    """Write classifier.pt: encoder and head, what both were trained on, and how.
 
     Args:
-        checkpoint: `simclr.encoder_checkpoint` of the encoder that the head belongs to.
+        setup: of its training; says what the encoder had seen before.
         head_type: one of HEADS.
-        values: what else it shall say: the config of its run, its temperature.
+        temperature: as `evaluate.fit_temperature` returns it; 1 = probabilities as they are.
+        config: of the run; says by which patient_pattern, labels and resplit the task was split.
     """
-    used = task.rows[np.isin(task.split, ("train", "val"))]
-    seen = torch.cat([checkpoint["seen"], torch.from_numpy(study.pictures.hashes[used])])
-    described = {"task": task.name, "classes": list(task.classes), **values}
-    weights = {name: value.cpu() for name, value in head.state_dict().items()}
-    trained = {"head": weights, "head_type": head_type, "seen": seen.unique(dim=0)}
-    simclr.save(checkpoint | described | trained, path)
+    task = setup.task
+    trained_on = setup.images.hashes[task.rows[np.isin(task.split, ("train", "val"))]]
+    seen = torch.cat([setup.checkpoint["seen"], torch.from_numpy(trained_on)])  # (n, 16) uint8
+    plain = copy.deepcopy(classifier).to("cpu", memory_format=torch.contiguous_format)
+    weights = {"encoder": plain.encoder.state_dict(), "head": plain.head.state_dict()}
+    described = {"task": task.name, "classes": list(task.classes), "head_type": head_type}
+    described |= {"temperature": temperature, "config": config, "seen": seen.unique(dim=0)}
+    simclr.save(setup.checkpoint | weights | described, path)
 
 
-def load_classifier(path: Path) -> tuple[simclr.ResNet, nn.Module, dict]:
-    """Read classifier.pt: an encoder, the head that was trained on it, and the whole checkpoint.
+def load_classifier(path: Path) -> tuple[Classifier, dict]:
+    """Read classifier.pt.
+
+    Returns:
+        (the classifier on the CPU, in eval mode; the whole checkpoint)
 
     Raises:
         UserError: the file is missing, or is no classifier.
@@ -976,83 +588,42 @@ def load_classifier(path: Path) -> tuple[simclr.ResNet, nn.Module, dict]:
     if not path.is_file():
         raise data.UserError(f"no classifier at {path}; make one with: python main.py probe")
     encoder, checkpoint = simclr.load_encoder(path)
-    if checkpoint.get("head_type") not in [*HEADS]:
-        text = f"{path} holds no classifier (head_type {checkpoint.get('head_type')!r})"
-        raise data.UserError(f"{text}; python main.py probe writes a classifier.pt")
-    try:
-        task, classes = checkpoint["task"], checkpoint["classes"]
-        named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-        if not named or len(set(classes)) < max(2, len(classes)):
-            raise ValueError("its classes are no list of two or more names")
-        if Path(task).name != task or not (task.isprintable() and 0 < len(task) <= 100):
-            raise ValueError(f"its task {task!r:.40} is no folder's name")
-        head = HEADS[checkpoint["head_type"]](checkpoint["feature_dim"], len(classes))
+    with simclr.one_line(f"{path} is no classifier.pt of this program"):
+        head = HEADS[checkpoint["head_type"]](encoder.feature_dim, len(checkpoint["classes"]))
         head.load_state_dict(checkpoint["head"])
-        simclr.check_answer(Classifier(encoder, head))
-    except Exception as error:  # a file that is not ours may lack or break anything
-        text = f"{path} cannot be used as a classifier.pt ({simclr.reason(error)})"
-        raise data.UserError(text) from error
-    return encoder, head.eval(), checkpoint
+        if not {"mean", "std", "seen", "config"} <= checkpoint.keys():
+            raise ValueError("mean, std, seen or config is missing")
+        if Path(checkpoint["task"]).name != checkpoint["task"] or not checkpoint["temperature"] > 0:
+            raise ValueError("its task is no folder's name, or its temperature not above 0")
+    return Classifier(encoder, head).eval(), checkpoint
 
 
-class Classifier(nn.Module):
-    """Encoder and head as one network, pictures (N, 1, S, S) -> logits (N, K).
+def unseen_task(study: data.Study, task: data.Task, checkpoint: dict) -> data.Task:
+    """A task as one test set, for a classifier from elsewhere that may have seen some of it.
 
-    The head computes in float32, also where the encoder does in bf16; as `classify` has it.
-    """
-
-    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.encoder, self.head = encoder, head
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 1, S, S) float, normalised -> (N, K) float32."""
-        h = self.encoder(images)  # (N, E)
-        with torch.autocast(images.device.type, enabled=False):
-            return self.head(h.float())
-
-
-def untrained_classifier(checkpoint: dict) -> Classifier:
-    """A network like a classifier's, with random weights, always the same ones."""
-    encoder = untrained(checkpoint["arch"], 0)
-    head = HEADS[checkpoint["head_type"]](encoder.feature_dim, len(checkpoint["classes"]))
-    return Classifier(encoder, head)
-
-
-def classify(
-    encoder: simclr.ResNet,
-    head: nn.Module,
-    checkpoint: dict,
-    images: np.ndarray,
-    classes: Sequence[str],
-    device: torch.device,
-    bf16: bool,
-) -> np.ndarray:
-    """Class probabilities of pictures, from a classifier as `load_classifier` returns it.
+    What it has seen is dropped with the groups, and so is what the split drops: near-duplicates of
+    two labels, and those of a published test image, which would count twice.
 
     Args:
-        images: (n, S, S) uint8, S = checkpoint["image_size"].
-        classes: the columns' order; the classifier's own in any order.
+        checkpoint: of the classifier: its classes, and what it has seen.
 
     Returns:
-        (n, K) float64, rows sum to 1.
+        The task with the classifier's classes, of which it may have some only; its split is test or
+        dropped.
 
     Raises:
-        UserError: the classifier has other classes.
+        UserError: nothing is left, or a class is none of the classifier's.
     """
-    columns = columns_of(classes, checkpoint)
-    h = features_of(encoder, checkpoint, images, device, bf16)
-    return probabilities(head, h).numpy()[:, columns]
-
-
-def columns_of(classes: Sequence[str], checkpoint: dict) -> list[int]:
-    """Where a classifier has each of the classes that the data has.
-
-    Raises:
-        UserError: the classifier has other classes.
-    """
-    if set(classes) != set(checkpoint["classes"]):
-        text = f"the data has the classes {', '.join(classes)}, and the classifier tells apart "
-        text += ", ".join(checkpoint["classes"])
-        raise data.UserError(f"{text}; rename the folders of what is the same")
-    return [checkpoint["classes"].index(name) for name in classes]
+    classes = checkpoint["classes"]
+    if not set(task.classes) <= set(classes):
+        raise data.UserError(f"{task.name} has {list(task.classes)}, the classifier {classes}")
+    dropped = task.split == "dropped"  # (m,) bool
+    seen = data.was_seen(study, checkpoint["seen"].numpy())[task.rows] & ~dropped  # (m,) bool
+    split = np.where(seen | dropped, "dropped", "test")
+    if "test" not in split:
+        why = f"the classifier was trained on {seen.sum()}, or on others of their groups"
+        raise data.UserError(f"no image of {task.name} is left to test: {why}; give other images")
+    notes = {"rule": "everything that the classifier has not seen"}
+    notes |= {"dropped_as_seen": int(seen.sum()), "dropped_by_the_split": int(dropped.sum())}
+    labels = np.array([classes.index(name) for name in task.classes])[task.labels]  # (m,)
+    return replace(task, classes=tuple(classes), labels=labels, split=split, notes=notes)

@@ -1,43 +1,61 @@
 """The commands: look at the data, pretrain an encoder, train classifiers on it, compare, use them.
 
 This file only wires: it parses, seeds, chooses the device and the paths, and prints. What is
-computed stands in data.py (pictures, groups, views), simclr.py (encoder, loss, pretraining),
-evaluate.py (the numbers), heads.py (splits and classifiers) and gradcam.py (heat maps), to be read
-in this order.
+computed stands in data.py (images, groups, splits), simclr.py (views, encoder, loss, pretraining),
+evaluate.py (the numbers), heads.py (classifiers) and gradcam.py (heat maps), read in this order.
 
-    data:      pictures -- groups, splits --> splits.csv, and what a leak would score
-    pretrain:  pictures of no val or test group -- two views --> simclr.pretrain --> encoder.pt
-    probe:     encoder.pt, frozen -- features --> heads.train_probe --> classifier.pt, metrics.json
-    finetune:  encoder.pt, all of it trained, or random weights --> classifier.pt, metrics.json
+    data:      images -- groups, splits --> splits.csv, report.md, and what a leak would score
+    pretrain:  images of no val or test group -- two views --> simclr.pretrain --> encoder.pt
+    probe:     encoder.pt, frozen -- features --> cosine MLP --> classifier.pt, report.md
+    finetune:  encoder.pt, all of it trained, or random weights --> classifier.pt, report.md
     compare:   all of these on the same few labels --> table.md
-    evaluate:  classifier.pt, pictures it has not seen --> metrics.json
-    predict:   classifier.pt, files and folders --> class probabilities
-    explain:   classifier.pt, pictures --> where it looked: index.html, and what that is worth
+    evaluate:  classifier.pt, images it has not seen --> report.md
+    predict:   classifier.pt, files and folders --> predictions.csv
+    explain:   classifier.pt, images --> where it looked: index.html, and what that is worth
     embed:     encoder.pt, a folder --> features.npz
 
-Next: nothing; this is the last.
+Every command writes one folder, which config.json describes: nothing of other data or settings is
+ever replaced without --restart. This is the last file.
 """
 
-import argparse
-import math
+import multiprocessing
 import os
+import signal
+import sys
+
+if __name__ == "__main__":
+
+    def interrupted(*_: object) -> None:
+        """Ctrl-C at any moment, also during the slow imports below, is one line."""
+        if multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0":
+            text = "interrupted; what is finished is kept: type the same command again to go on"
+            print(f"\n{text}", file=sys.stderr)
+        raise SystemExit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
+
+import argparse
+import difflib
+import hashlib
+import json
+import math
 import platform
 import re
 import shlex
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import PIL
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -48,71 +66,65 @@ import heads
 import simclr
 
 RUNS = Path("runs")
-PUBLISHED = {"image_size": 128, "arch": "resnet18"} | asdict(simclr.Pretraining())
 # On the phantoms a command takes minutes on a laptop; these settings, and no others, differ there.
 PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 32, "epochs": 12}
-KNN_EVERY = 5  # epochs of a pretraining between two looks at what the features know
-COLLAPSED = 0.1  # of a healthy standard deviation
-EXPLAINED = 32  # pictures explained at once
-STAGES = ("head", *(f"encoder.{part}" for part in reversed(("conv1", "bn1", *simclr.STRIDES))))
+KNN_EVERY = 5  # epochs of a pretraining between two looks at what the features are worth
+ENOUGH_STEPS = 2000  # with fewer pretraining hardly pays (docs/results.md)
+COLLAPSED = 0.1  # of a healthy standard deviation of the projections
+MAX_UNREADABLE = (5, 0.01)  # more than five *and* more than 1 % unreadable images stop a run
+EXPLAINED = 32  # images explained at once, and images whose maps are made again, weights shuffled
+SPLITS = ("train", "val", "test", "dropped")
+CAUTION = "For research, not for diagnosis."
+STAGES = ["head", *(f"encoder.layer{stage}" for stage in (4, 3, 2, 1)), "encoder.conv1"]
 # Which process this is and of how many, as torchrun says; only the first one writes and prints.
-RANK, PROCESSES = (int(os.environ.get(name, k)) for k, name in enumerate(("RANK", "WORLD_SIZE")))
-progress_bar = partial(tqdm, disable=RANK > 0)
+RANK = int(os.environ.get("RANK", 0))
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+# What may differ between two starts of one run: it moves its speed, and the last bits at most.
+MACHINE = {"data", "device", "processes", "threads", "typed", "folder", "commit", "versions"}
 
 # ---------------------------------------------------------------------------------------------
 # What the commands share
 # ---------------------------------------------------------------------------------------------
 
-
-class Machine(NamedTuple):
-    """What a command computes on."""
-
-    device: torch.device
-    bf16: bool
-    text: str  # which, and why
+# The bar is drawn on a terminal only: a log file gets one line for each epoch.
+progress_bar = partial(tqdm, disable=True if RANK else None, leave=False)
 
 
-def choose_machine(args: argparse.Namespace) -> Machine:
-    """The device and the precision, as asked for or as the machine can.
+def visible(text: str) -> str:
+    """Text whose control characters and broken bytes, which names of files may hold, are shown."""
+    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return shown.encode("utf8", "backslashreplace").decode("utf8")
+
+
+def say(text: str) -> None:
+    """Print text, once on all processes together."""
+    if RANK == 0:
+        tqdm.write(visible(text))
+
+
+def choose_device(args: argparse.Namespace) -> tuple[torch.device, bool]:
+    """The device, and whether training takes bf16 there; says both.
 
     Raises:
         UserError: --device names one that is not here.
     """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    name = ("cuda" if cuda else "mps" if mps else "cpu") if args.device == "auto" else args.device
-    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = args.device
+    if name == "auto":
+        name = next((device for device, found in here.items() if found), "cpu")
+    if not here.get(name, True):
         raise data.UserError(f"this machine has no {name} device; give --device auto or cpu")
     device = torch.device(name)
     if name == "cuda":
         device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # a step's shapes are those of the step before
     bf16, why = simclr.native_bf16(device)
-    if args.precision != "auto":
-        bf16, why = args.precision == "bf16", f"--precision {args.precision}"
-    many = f"{PROCESSES} processes, " * (PROCESSES > 1)
-    return Machine(device, bf16, f"{many}{name}, {'bf16' if bf16 else 'float32'} ({why})")
-
-
-def run_folder(args: argparse.Namespace, name: str) -> Path:
-    """--out or, where it was not given, runs/`name`, checked before anything is computed.
-
-    Raises:
-        UserError: it is a file, or lies inside the data, where its pictures would be read as scans.
-    """
-    out = args.out or base_folder(args) / name
-    for folder in (out, *out.parents):
-        if folder.exists() and not folder.is_dir():
-            raise data.UserError(f"{folder} is a file, and results go into a folder")
-    given = [*filter(None, [args.data]), *vars(args).get("paths", [])]
-    for folder, scans in ((f, path) for f in (out, RUNS) for path in given if path.is_dir()):
-        if folder.resolve().is_relative_to(scans.resolve()):
-            name = "--data " * (scans == args.data)
-            raise data.UserError(
-                f"results would go to {folder.resolve()}, inside {name}{scans}, and be read as "
-                "scans next time; start the command from another folder, or give another --out"
-            )
-    return out
+    precision = getattr(args, "precision", "fp32")  # only training has the flag
+    if precision == "auto":
+        say(f"on {name}; training in {'bf16' if bf16 else 'float32'} ({why})")
+        return device, bf16
+    say(f"on {name}, {'bf16' if precision == 'bf16' else 'float32'}")
+    return device, precision == "bf16"
 
 
 def base_folder(args: argparse.Namespace) -> Path:
@@ -120,149 +132,163 @@ def base_folder(args: argparse.Namespace) -> Path:
     return RUNS if args.data else RUNS / "phantoms"
 
 
-def encoder_path(args: argparse.Namespace) -> Path:
-    """--encoder or, where it was not given, that of `pretrain` on the same kind of data."""
-    return args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
-
-
-def load_data(args: argparse.Namespace, image_size: int) -> heads.Study:
-    """Read --data or the phantoms; say what is there, what cannot be read, and what is suspect.
-
-    Args:
-        image_size: of the encoder, in pixels; the split does not depend on it.
+def load_study(args: argparse.Namespace, image_size: int) -> data.Study:
+    """Read --data or the phantoms; say what is there, and what cannot be read.
 
     Raises:
-        UserError: the data cannot be read, or too many of its pictures (`data` shows them all).
+        UserError: the data cannot be read, or too many of its images.
     """
-    how = partial(progress_bar, leave=False), args.group_pattern
-    load = partial(heads.load, args.data, image_size, RUNS / "cache", *how, resplit=args.resplit)
-    loaded: list[heads.Study] = []
-    # of many processes the first decodes, with a progress bar, and the others find all in the cache
-    simclr.on_every_rank(lambda: loaded.append(load()))
-    study = loaded[0] if loaded else load()
-    paths, bad = study.pictures.paths, study.pictures.unreadable
-    where = args.data or "phantoms, drawn by code (--data takes your own scans)"
-    counts = f"{len(bad):,} unreadable, {study.other_files:,} other files"
-    print(f"{where}: {len(paths):,} pictures in {study.groups.max() + 1:,} groups, {counts}")
-    name_unreadable(study.pictures, refuse=args.command != "data")
-    for name, task in study.tasks.items():
-        counts = ", ".join(f"{(task.split == part).sum():,} {part}" for part in evaluate.PARTS)
-        if args.command == "pretrain" or name == args.task:
-            print(f"  task {name} ({', '.join(task.classes)}): {counts}")
-        if task.notes["largest_group_is_suspect"]:
-            size = f"{task.notes['largest_group']} of the {len(task.rows):,} pictures of {name}"
-            print(f"  warning: one group holds {size}: a patient, or strangers chained by twins")
+    if RANK:
+        dist.barrier()  # the first process decodes, the others find all in the cache
+    pattern = re.compile(args.patient_pattern) if args.patient_pattern else None
+    how = {"pattern": pattern, "labels": args.labels, "resplit": args.resplit}
+    study = data.load(args.data, image_size, RUNS / "cache", progress_bar, **how)
+    if PROCESSES > 1 and RANK == 0:
+        dist.barrier()
+    n, known = len(study.images.names), int((study.patients != "").sum())
+    place = args.data or "phantoms, drawn by code (--data takes your own scans)"
+    say(f"{place}: {n:,} images in {len(np.unique(study.groups)):,} groups")
+    say(f"  the patient is known of {known:,} of {n:,} images")
+    for notice in study.notices:
+        say(f"  {notice}")
+    name_unreadable(study.images)
     return study
 
 
-def name_unreadable(pictures: data.Pictures, refuse: bool) -> None:
+def name_unreadable(images: data.Images) -> None:
     """Name what could not be read.
 
-    Args:
-        refuse: where it is too much, stop.
-
     Raises:
-        UserError: it is too much.
+        UserError: it is too much, or everything.
     """
-    paths, bad = pictures.paths, pictures.unreadable
+    bad, n = images.unreadable, len(images.names)
     for row, why in bad.items():
-        print(f"  left out, unreadable: {paths[row]!r} ({why})")
-    least, share = data.MAX_UNREADABLE
-    if refuse and len(bad) > max(least, share * len(paths)):
-        raise data.UserError(
-            f"{len(bad)} of {len(paths)} pictures cannot be read, the first is "
-            f"{paths[min(bad)]!r} ({bad[min(bad)]}); replace or remove them"
-        )
+        say(f"  left out, unreadable: {images.names[row]} ({why})")
+    least, share = MAX_UNREADABLE
+    if len(bad) > max(least, share * n) or len(bad) == n:
+        raise data.UserError(f"{len(bad)} of {n} images cannot be read; replace or remove them")
 
 
-def readable(pictures: data.Pictures) -> np.ndarray:
-    """(m,) int64: the pictures that could be read.
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """A hint at the choice that is spelled most alike; '' where none is."""
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def find_task(args: argparse.Namespace, study: data.Study) -> data.Task:
+    """The task called --task or, where that was not given, the only one.
 
     Raises:
-        UserError: there are none.
+        UserError: there is none, or more than one to choose from.
     """
-    rows = np.setdiff1d(np.arange(len(pictures.paths)), list(pictures.unreadable))
-    if not len(rows):
-        raise data.UserError("no picture can be read; give others")
-    return rows
+    names = sorted(study.tasks)
+    if args.task in study.tasks:
+        return study.tasks[args.task]
+    if not names:
+        raise data.UserError("no task here: a task is a folder with two or more class folders")
+    if args.task is not None:
+        hint = did_you_mean(args.task, names)
+        raise data.UserError(f"no task {args.task!r} here; found: {', '.join(names)}{hint}")
+    if len(names) > 1:
+        raise data.UserError(f"give --task, one of {', '.join(names)}")
+    return study.tasks[names[0]]
 
 
-def load_paths(args: argparse.Namespace, image_size: int) -> tuple[data.Pictures, np.ndarray]:
-    """Read the files and folders that were typed: their pictures, and those that can be read."""
-    progress = partial(progress_bar, leave=False)
-    pictures = data.load_files(args.paths, image_size, RUNS / "cache", progress)
-    name_unreadable(pictures, refuse=True)
-    return pictures, readable(pictures)
-
-
-def one_line(text: object) -> str:
-    """A text without control characters: a file's name may hold line breaks, and worse."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
-def data_flags(args: argparse.Namespace) -> list[str]:
-    """The words that make the next command read the same data in the same way."""
-    words = ["--data", str(args.data)] if args.data else []
-    words += ["--group-pattern", args.group_pattern.pattern] if args.group_pattern else []
-    return words + ["--resplit"] * args.resplit
-
-
-def run_config(
-    args: argparse.Namespace,
-    study: heads.Study,
-    machine: Machine,
-    settings: simclr.Pretraining | heads.Probing | heads.FineTuning | None,
-    **values: object,
-) -> dict:
-    """config.json: every value that shaped the run, in plain types; checkpoints hold it too.
-
-    Args:
-        settings: of the training, where there is one; its fields are written one by one.
-        values: what else shaped the run.
-    """
-    config = {"command": args.command, "data": str(args.data.resolve()) if args.data else None}
-    config |= {"phantoms": args.data is None, "fingerprint": heads.fingerprint(study)}
-    config |= {"group_pattern": args.group_pattern.pattern if args.group_pattern else None}
-    config |= {"resplit": args.resplit, **values, **(asdict(settings) if settings else {})}
-    config |= {"device": machine.device.type, "precision": "bf16" if machine.bf16 else "fp32"}
-    config |= {"processes": PROCESSES, "threads": torch.get_num_threads()}
-    return config | origin(args)
-
-
-def origin(args: argparse.Namespace) -> dict:
-    """What a run is repeated from: the words that were typed, the code's commit, the versions."""
-    versions = {module.__name__: str(module.__version__) for module in (torch, np, PIL)}
-    git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
-    how = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+def describe_run(args: argparse.Namespace, study: data.Study | None, **values: object) -> dict:
+    """config.json: every value that shaped the run, in plain types; checkpoints hold it too."""
+    config = {"command": args.command, **values}
+    if study:
+        digest = hashlib.sha256("\n".join(study.images.names).encode("utf8", "surrogateescape"))
+        digest.update(study.images.hashes.tobytes())
+        config |= {"fingerprint": digest.hexdigest(), "phantoms": study.root is None}
+        config["data"] = str(args.data.resolve()) if args.data else None
+        config["labels"] = str(args.labels.resolve()) if args.labels else None
+        config |= {"patient_pattern": args.patient_pattern, "resplit": args.resplit}
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit = subprocess.run(git, **how).stdout.strip() or None
+        answer = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+        config["commit"] = answer.stdout.strip() or None
     except OSError:  # no git here
-        commit = None
-    about = {"typed": args.typed, "folder": str(Path.cwd()), "commit": commit}
-    return about | {"versions": versions | {"python": platform.python_version()}}
+        config["commit"] = None
+    versions = {module.__name__: str(module.__version__) for module in (torch, np, PIL)}
+    versions["python"] = platform.python_version()
+    config |= {"typed": args.typed, "folder": str(Path.cwd()), "versions": versions}
+    config |= {"processes": PROCESSES, "threads": torch.get_num_threads()}
+    return json.loads(json.dumps(config))  # tuples become lists, as in the file
+
+
+@contextmanager
+def open_run(args: argparse.Namespace, out: Path, config: dict) -> Iterator[dict | None]:
+    """Hold a run's folder, a new one or one of the same settings; yield its checkpoint, if any.
+
+    A finished pretraining may be given more epochs; every other changed setting is refused.
+
+    Raises:
+        UserError: another process holds the folder, or it has results of other settings.
+    """
+    with data.lock_folder(out) if RANK == 0 else nullcontext():
+        place = out / "config.json"
+        if args.restart and place.exists() and RANK == 0:
+            for file in out.iterdir():
+                if file.is_file():
+                    file.unlink()
+        former = json.loads(place.read_text()) if place.exists() else config
+        different = []
+        for key in sorted(config.keys() - MACHINE):
+            longer = key == "epochs" and args.command == "pretrain"
+            if former.get(key) != config[key] and not (longer and former[key] < config[key]):
+                different.append(f"{key} {former.get(key)!s:.30} there, {config[key]!s:.30} here")
+        if different:
+            raise data.UserError(
+                f"{out} has results of other settings: {'; '.join(different)}; give those to go "
+                "on, another --out for a second run, or --restart to replace it"
+            )
+        write(out, {"config.json": config})
+        if PROCESSES > 1:
+            dist.barrier()
+        checkpoint = out / "checkpoint.pt"
+        state = None
+        if checkpoint.exists():
+            state = simclr.load_checkpoint(checkpoint, "a run's checkpoint (--restart begins anew)")
+        yield state
 
 
 def write(out: Path, files: dict[str, object]) -> None:
     """Write files (by name, as `evaluate.as_bytes` takes them), each whole or not at all."""
-    for name, value in files.items() if not RANK else ():  # of many processes, the first one does
-        with data.write_atomically(out / name) as file:
-            file.write(evaluate.as_bytes(name, value))
+    for name, value in files.items():
+        if RANK == 0:
+            with data.write_atomically(out / name) as file:
+                file.write(evaluate.as_bytes(name, value))
 
 
-def conclude(out: Path, files: dict[str, object], command: list[str] | None = None) -> None:
-    """Write a command's files; print the report among them, what lies there, what to type next.
+def conclude(out: Path, files: dict[str, object], following: list[str]) -> None:
+    """Write a command's files; print its report, what lies there now, what to type next.
 
     Args:
-        command: the next command's words after main.py.
+        following: the next command's words after main.py.
     """
     write(out, files)
-    print(files.get("report.txt", ""), end="")
-    there = sorted(path.name for path in out.glob("*"))
-    named = [name for name in there if name in files or len(there) <= 20]  # not all overlays
-    more = f" and {len(there) - len(named)} more" * (len(named) < len(there))
-    print(f"in {out}/ now: {', '.join(named)}{more}")
-    if command:
-        print("next:", shlex.join(["python", "main.py", *command]))
+    for name in ("report.md", "table.md"):
+        if name in files:
+            say(files[name])
+    there = sorted(path.name for path in out.iterdir() if not path.name.endswith("-map.png"))
+    say(f"in {out}/ now: {', '.join(there)}")
+    say("next: " + shlex.join(["python", "main.py", *following]))
+
+
+def data_flags(args: argparse.Namespace) -> list[str]:
+    """The words that make the next command read the same data in the same way."""
+    words = []
+    for flag, value in (
+        ("--data", args.data),
+        ("--patient-pattern", args.patient_pattern),
+        ("--labels", args.labels),
+    ):
+        if value:
+            words += [flag, str(value)]
+    if args.resplit:
+        words.append("--resplit")
+    return words
 
 
 # ---------------------------------------------------------------------------------------------
@@ -272,22 +298,65 @@ def conclude(out: Path, files: dict[str, object], command: list[str] | None = No
 
 def survey(args: argparse.Namespace) -> None:
     """Show what is there, what belongs together, how it splits, and what leaks would score."""
-    run_folder(args, "")
-    study = load_data(args, args.image_size)
-    pictures = study.pictures
-    for name in [args.task] if args.task else sorted(study.tasks):
-        task = study.task(name)
-        if not len(task.rows):
-            print(f"task {name}: none of its pictures can be read")
-            continue
-        meter = evaluate.leak_meter(pictures.thumbnails[task.rows], task.labels, task.groups)
-        report = heads.survey(study, task, meter)
-        out = run_folder(args, f"data-{name}") / ("" if args.task or not args.out else name)
-        files = {"splits.csv": heads.split_table(study, task), "report.txt": report}
-        conclude(out, files | {"leak.png": evaluate.leak_picture(meter, name)})
-    labelled = sum(len(task.rows) for task in study.tasks.values())
-    loose = len(pictures.paths) - len(pictures.unreadable) - labelled
-    print(f"{loose:,} readable pictures are of no task: not in class folders side by side")
+    study = load_study(args, args.image_size)
+    for name in [find_task(args, study).name] if args.task else sorted(study.tasks):
+        task = study.tasks[name]
+        out = args.out / name if args.out else base_folder(args) / f"data-{name}"
+        with open_run(args, out, describe_run(args, study, task=name)):
+            thumbnails = study.images.thumbnails[task.rows]
+            meter = evaluate.leak_meter(thumbnails, task.labels, task.groups)
+            files = {
+                "report.md": survey_report(task, meter),
+                "splits.csv": split_table(study, task),
+            }
+            write(out, files | {"leak.png": evaluate.leak_figure(meter)})
+            say(files["report.md"])
+            say(f"in {out}/ now: leak.png, report.md, splits.csv")
+    why = Counter(data.left_out(study))
+    if why[""] < 2:
+        raise data.UserError("fewer than 2 images are left to pretrain on; --resplit may help")
+    say("next: " + shlex.join(["python", "main.py", "pretrain", *data_flags(args)]))
+
+
+def split_table(study: data.Study, task: data.Task) -> list[tuple]:
+    """splits.csv, header first: path, label, group, split, pixel_hash (hexadecimal)."""
+    table = [("path", "label", "group", "split", "pixel_hash")]
+    for i, row in enumerate(task.rows):
+        label, digest = task.classes[task.labels[i]], study.images.hashes[row].tobytes().hex()
+        group, split = int(task.groups[i]), str(task.split[i])
+        table.append((study.images.names[row], label, group, split, digest))
+    return table
+
+
+def survey_report(task: data.Task, meter: dict) -> str:
+    """report.md of `data`: a task as a table, what is dropped, and what leaks would score."""
+    titles = ["class", "images", "groups", *SPLITS]
+    width = max(len(name) for name in (*task.classes, *titles))
+    line = f"| {{:{width}}} |" + " {:>7} |" * (len(titles) - 1)
+    lines = [f"# {task.name}: {len(task.rows):,} images, {task.notes['rule']}", ""]
+    lines += [line.format(*titles), line.format("---", *["---:"] * (len(titles) - 1))]
+    for k, name in enumerate([*task.classes, "all"]):
+        chosen = (task.labels == k) | (k == len(task.classes))
+        counts = Counter(task.split[chosen].tolist())
+        groups = len(np.unique(task.groups[chosen]))
+        lines.append(line.format(name, chosen.sum(), groups, *(counts[split] for split in SPLITS)))
+    tested = task.published == "test"
+    leaked = np.isin(task.groups[tested], task.groups[task.published == "train"]).sum()
+    if tested.any():
+        lines += ["", f"As published, {leaked:,} of {tested.sum():,} test images have images of "]
+        lines[-1] += "their own group in training."
+    by_image, by_group = evaluate.number(meter["by image"]), evaluate.number(meter["by group"])
+    lines += ["", "The nearest neighbour on 32x32 pixels, which has learnt nothing, scores "]
+    lines[-1] += f"{by_image} when split by image and {by_group} when split by group; always "
+    lines[-1] += f"answering the commonest class scores {evaluate.number(meter['commonest'])}."
+    for reason, count in task.notes.items():
+        if reason.startswith("dropped") and count:
+            lines += ["", f"{reason.replace('_', ' ')}: {count:,} images"]
+    try:
+        data.check_split(task)
+    except data.UserError as error:
+        lines += ["", f"It cannot be probed: {error}."]
+    return "\n".join(lines) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -296,182 +365,167 @@ def survey(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def note_signals() -> Iterator[list[int]]:
-    """Note Ctrl-C and SIGTERM down, so that a step can be finished; a second one quits at once.
-
-    Yields:
-        The numbers of the signals that have come.
-    """
-    noted: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        """Python calls this between any two instructions, even of a print: it only writes bytes."""
-        if noted and PROCESSES == 1:  # torchrun may hand on what has come already
-            os._exit(128 + number)
-        noted.append(number)
-        os.write(2, b"\nfinishing this step, then saving; once more quits at once\n" * (not RANK))
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train(
-    run: simclr.Run,
-    steps: Iterator[dict | None],
-    out: Path,
-    config: dict,
-    save: Callable[[], float],
-    look: Callable[[dict], None] = lambda record: None,
-) -> None:
-    """Train a run to its end; show, log and save it on the way.
-
-    Args:
-        steps: of `simclr.pretrain` or `heads.finetune`.
-        save: writes a checkpoint; returns when to do so again, on time.monotonic's clock.
-        look: is shown each epoch's record, and may add to it.
-
-    Raises:
-        SystemExit: a signal came; the run is saved, the status is 128 + the signal's number.
-    """
-    done, total = len(run.records) * run.steps + run.step, run.epochs * run.steps
-    if done and not run.finished:
-        print(f"  goes on after step {run.step} of epoch {len(run.records) + 1}")
-    write(out, {"config.json": config, "log.jsonl": run.records})
-    due = time.monotonic() + simclr.CHECKPOINT_SECONDS
-    bar = progress_bar(total=total, initial=done, unit="step", desc=config["command"])
-    with note_signals() as noted, bar:
-        simclr.on_any_rank(0)  # waits until every rank listens to signals
-        for record in steps:
-            show_step(bar, run)
-            if record:
-                look(record)
-                write(out, {"log.jsonl": run.records})
-                run.since = time.perf_counter()  # looking is not training
-            number = simclr.on_any_rank(noted[0] if noted else 0)
-            if not run.finished and (number or time.monotonic() > due):  # the end saves anyway
-                due = save()
-            if number and not run.finished:
-                bar.close()
-                print(f"stopped after step {run.step} of epoch {len(run.records) + 1}, and saved")
-                print("the same command goes on from there (without --restart)")
-                raise SystemExit(128 + number)
-        save()
+def process_group(device: torch.device) -> Iterator[None]:
+    """Meet the other processes that torchrun has started; alone, do nothing."""
+    if PROCESSES == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # decoding may take long
+    yield
+    dist.destroy_process_group()
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    """Learn an encoder from pictures without labels, or go on learning; leaves encoder.pt."""
-    out, machine = run_folder(args, "pretrain"), choose_machine(args)
-    with simclr.many_processes(PROCESSES, machine.device), ExitStack() as held:
-        study = load_data(args, args.image_size)
-        rows, pictures = heads.pretraining_rows(study), study.pictures
+    """Learn an encoder from images without labels, or go on learning; leaves encoder.pt."""
+    device, bf16 = choose_device(args)
+    out = args.out or base_folder(args) / "pretrain"
+    with process_group(device):
+        study = load_study(args, args.image_size)
+        why, rows = Counter(data.left_out(study)), data.pretraining_rows(study)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in why.items() if reason)
+        say(f"  pretraining takes {len(rows):,} images; left out: {reasons or 'none'}")
         torch.manual_seed(args.seed)  # the networks' first weights
-        encoder, *scaling = simclr.init_encoder(args.arch, args.init)
-        settings = pretraining_settings(args, study, len(rows), scaling)
+        encoder, mean, std = simclr.init_encoder(args.arch, args.init)
+        head = simclr.ProjectionHead(encoder.feature_dim)
+        networks = nn.ModuleDict({"encoder": encoder, "projection_head": head})
+        settings = simclr.Pretraining(
+            epochs=args.epochs,
+            batch_size=fit_batch(args.batch_size, len(rows)),
+            lr=args.lr,
+            temperature=args.temperature,
+            chunk_size=args.chunk_size,
+            seed=args.seed,
+            mean=mean,
+            std=std,
+        )
         values = {"arch": args.arch, "init": args.init, "image_size": args.image_size}
-        config = run_config(args, study, machine, settings, leaked=False, **values)
-        config["pictures"] = len(rows)
-        simclr.check_equal(config["fingerprint"])
-        run = simclr.pretraining(encoder, settings, len(rows), *machine[:2])
-        state = simclr.on_every_rank(partial(simclr.open_run, held, out, config, args.restart))
-        if state:
-            run.restore(state)
-        if state and run.finished and simclr.on_every_rank((out / "encoder.pt").exists):
-            print(f"{out} holds this run, and it is finished; --restart would begin it anew")
-        else:
-            size = f"{len(rows):,} pictures at {args.image_size} px"
-            print(f"pretrain {args.arch} on {size}, on {machine.text}")
-            print(f"  {run.epochs} epochs of {run.steps} steps of {settings.batch_size} slices")
-            seen = torch.from_numpy(pictures.hashes[rows])
-            save = partial(simclr.save_run, run, out, config, seen)
-            steps = simclr.pretrain(run, pictures.cached["square"], pictures.place[rows])
-            train(run, steps, out, config, save, partial(look_at_epoch, args, run, study))
-        finish_pretraining(args, out, run.records, study)
+        values |= {"images": len(rows), "precision": "bf16" if bf16 else "fp32"}
+        config = describe_run(args, study, **values, **asdict(settings))
+        with open_run(args, out, config) as state:
+            advise_steps(args, settings, len(rows))
+            squares = study.images.squares
+            how = (settings, device, bf16, state, partial(progress_bar, unit="step"))
+            epochs = simclr.pretrain(networks, squares, rows, *how)
+            seen = torch.from_numpy(study.images.hashes[rows])
+
+            def save(state: dict) -> None:
+                kept = simclr.encoder_checkpoint(encoder, config, state["epoch"], seen)
+                simclr.save(kept, out / "encoder.pt")
+                simclr.save(state, out / "checkpoint.pt")  # last: it says that all is there
+
+            look = partial(look_at_epoch, networks, study, settings, device)
+            records = train(out, epochs, state, settings.epochs, save, look)
+            if not records and RANK == 0:
+                save({"epoch": 0, "records": []})
+            names = {"loss": "NT-Xent, nats", "contrastive_accuracy": "contrastive accuracy"}
+            names["knn_accuracy"] = "kNN accuracy on val"
+            figure = evaluate.curve_figure("Pretraining", records, names)
+            files = {"log.jsonl": records, "curve.png": figure}
+            if RANK == 0:
+                conclude(out, files, probe_or_embed(args, study, out / "encoder.pt"))
+
+
+def fit_batch(batch_size: int, n: int) -> int:
+    """The batch size, or as much of it as n images fill.
+
+    Raises:
+        UserError: too few images are left, or processes cannot share the batch.
+    """
+    if n < 2 * PROCESSES:
+        raise data.UserError(f"{n} images are left to pretrain on (see above); it takes at least 2")
+    if n < batch_size:
+        batch_size = n - n % PROCESSES
+        say(f"  the batch shrinks to the {batch_size} images that are there")
+    if batch_size % PROCESSES:
+        raise data.UserError(f"--batch-size {batch_size} is no multiple of {PROCESSES} processes")
+    return batch_size
+
+
+def advise_steps(args: argparse.Namespace, settings: simclr.Pretraining, n: int) -> None:
+    """Say when a run takes so few steps that it can hardly pay, and what would be enough."""
+    steps = settings.epochs * (n // settings.batch_size)
+    say(f"  {settings.epochs} epochs, {steps:,} steps of {settings.batch_size} slices")
+    if args.data and 0 < steps < ENOUGH_STEPS:
+        batch_size = min(settings.batch_size, max(2, n // 8))
+        epochs = math.ceil(ENOUGH_STEPS / (n // batch_size))
+        say(f"  these are few: --batch-size {batch_size} --epochs {epochs} would be enough to pay")
 
 
 def look_at_epoch(
-    args: argparse.Namespace, run: simclr.Run, study: heads.Study, record: dict
+    networks: nn.ModuleDict,
+    study: data.Study,
+    settings: simclr.Pretraining,
+    device: torch.device,
+    record: dict,
 ) -> None:
-    """Say what the loss does not: whether projections collapse and, with labels, what h knows."""
-    spread, loss = record["embedding_std"], record["loss"]
-    if spread < COLLAPSED * simclr.PROJECTION**-0.5 and not RANK:
-        nothing = math.log(2 * run.settings.batch_size - 1)
-        tqdm.write(
-            f"warning: the projections have collapsed: standard deviation {spread:.2g} where "
-            f"{simclr.PROJECTION**-0.5:.2g} is healthy; loss {loss:.3f}, and log(2N - 1), of "
-            f"nothing learnt, is {nothing:.3f}. Where it stays so, lower --lr"
+    """Add kNN accuracy on val, where a task has labels; warn where the projections collapse."""
+    task = next((task for task in study.tasks.values() if len(task.part("val"))), None)
+    due = record["epoch"] % KNN_EVERY == 0 or record["epoch"] == settings.epochs
+    if task and due and RANK == 0:
+        scaling = {"mean": settings.mean, "std": settings.std}
+        accuracy = heads.knn_accuracy(networks["encoder"], study.images, task, scaling, device)
+        record["knn_accuracy"] = accuracy
+    healthy = networks["projection_head"][-1].out_features ** -0.5
+    if record["embedding_std"] < COLLAPSED * healthy:
+        nothing = math.log(2 * settings.batch_size - 1)
+        say(
+            f"warning: the projections collapse (standard deviation {record['embedding_std']:.2g}, "
+            f"healthy is {healthy:.2g}; the loss of nothing learnt is {nothing:.3f}): lower --lr"
         )
-    task, epoch = study.tasks.get(following_task(args, study)), record["epoch"]
-    if task and not RANK and (epoch % KNN_EVERY == 0 or run.finished):
-        how = vars(run.settings), study.pictures, task, run.device, run.bf16
-        accuracy = heads.knn_accuracy(run.networks["encoder"], *how)
-        if accuracy is not None:
-            record["knn_accuracy"] = accuracy
-            tqdm.write(
-                f"epoch {epoch}: loss {loss:.3f}, kNN accuracy {accuracy:.3f} on the val "
-                f"part of {task.name}"
-            )
 
 
-def following_task(args: argparse.Namespace, study: heads.Study) -> str | None:
-    """The task to look at first; None where there is none."""
-    return "tumor" if args.data is None else min(study.tasks, default=None)
+def train(
+    out: Path,
+    epochs: Iterator[tuple[dict, dict]],
+    state: dict | None,
+    total: int,
+    save: Callable[[dict], None],
+    look: Callable[[dict], None] = lambda record: None,
+) -> list[dict]:
+    """Show, log and save a training, epoch by epoch.
 
-
-def pretraining_settings(
-    args: argparse.Namespace, study: heads.Study, n: int, scaling: list[float]
-) -> simclr.Pretraining:
-    """The settings for n pictures; says what is held out, and when the batch has to shrink.
+    A checkpoint is written when an epoch ends and 100 times what the last one took has passed: so
+    saving costs 1 % of the time, and a run that is killed goes on from there with the same bits.
 
     Args:
-        scaling: mean and std of the pixels.
+        epochs: of `simclr.pretrain` or `heads.finetune`.
+        state: the checkpoint that they go on from.
+        look: is shown each record, and may add to it.
+
+    Returns:
+        The records of all epochs.
     """
-    print(*heads.usage(study), sep="\n")
-    batch_size = min(args.batch_size, n // PROCESSES * PROCESSES)
-    if batch_size < 2:
-        text = f"{n} pictures are left to pretrain on (see above), and contrasting takes at least 2"
-        raise data.UserError(f"{text}; where publishers' parts share patients, --resplit helps")
-    if batch_size % PROCESSES:
-        raise data.UserError(
-            f"{PROCESSES} processes cannot share a --batch-size of {batch_size} evenly; give a "
-            f"multiple of {PROCESSES}, such as {batch_size // PROCESSES * PROCESSES + PROCESSES}"
-        )
-    if args.batch_size > batch_size:
-        print(f"  the batch shrinks from {args.batch_size} to {batch_size}: {n} pictures are there")
-    given = {f.name: getattr(args, f.name) for f in fields(simclr.Pretraining) if f.name in args}
-    given |= {"batch_size": batch_size, "mean": scaling[0], "std": scaling[1]}
-    return simclr.Pretraining(**given)
+    records = state["records"] if state else []
+    if state:
+        say(f"  goes on after epoch {len(records)}")
+    due = 0.0
+    for record, state in epochs:
+        look(record)
+        records.append(record)
+        cells = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in record.items() if value]
+        say(f"  {', '.join(cells)}".replace("epoch ", f"epoch of {total}: ", 1))
+        write(out, {"log.jsonl": records})
+        if RANK == 0 and (time.monotonic() > due or len(records) == total):
+            began = time.monotonic()
+            save(state | {"records": records})
+            due = time.monotonic() + 100 * (time.monotonic() - began)
+    return records
 
 
-def show_step(bar: tqdm, run: simclr.Run) -> None:
-    """Move the progress bar by a step; where it is redrawn, with the epoch's means so far."""
-    if bar.update() and run.step:  # True = redrawn. Reading sums makes the device wait: only then.
-        loss, accuracy, _ = (run.sums / run.step).tolist()
-        speed = (bar.format_dict["rate"] or 0) * run.batch  # in slices, not in views
-        text = f"loss {loss:.3f}, accuracy {accuracy:.2f}, {speed:.0f} images/s"
-        bar.set_postfix_str(text)
-
-
-def finish_pretraining(
-    args: argparse.Namespace, out: Path, records: list[dict], study: heads.Study
-) -> None:
-    """Draw the curve; say what was reached, what was written and what to type next.
-
-    Args:
-        records: of all epochs, as `simclr.pretrain` yields them; none after --epochs 0.
-    """
-    if records:
-        text = "epoch {epoch}: loss {loss:.3f}, contrastive accuracy {contrastive_accuracy:.2f}, "
-        text += "{images_per_second:.0f} images/s; {minutes:.1f} minutes of training"
-        print(text.format(**records[-1], minutes=sum(r["seconds"] for r in records) / 60))
-    task = following_task(args, study)
-    encoder = ["--encoder", str(out / "encoder.pt")] if args.out else []
-    following = ["probe", *data_flags(args), "--task", task, *encoder] if task else []
-    files = {"log.jsonl": records, "curve.png": evaluate.pretraining_picture(records)}
-    conclude(out, files, following)
+def probe_or_embed(args: argparse.Namespace, study: data.Study, encoder: Path) -> list[str]:
+    """What follows a pretraining: a probe where a task can be split, else `embed`."""
+    flags = data_flags(args)
+    if args.out:
+        flags += ["--encoder", str(encoder)]
+    for name in ("tumor", *sorted(study.tasks)):
+        try:
+            if name in study.tasks:
+                data.check_split(study.tasks[name])
+                return ["probe", *flags, "--task", name]
+        except data.UserError:
+            continue
+    return ["embed", *flags]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -479,344 +533,402 @@ def finish_pretraining(
 # ---------------------------------------------------------------------------------------------
 
 
-class Trial(NamedTuple):
-    """What classifiers are trained from, and on."""
-
-    out: Path
-    machine: Machine
-    encoder: simclr.ResNet
-    checkpoint: dict  # the encoder's
-    study: heads.Study
-    task: heads.Task
-    leaked: list[str]  # test pictures that the encoder has seen
-    values: dict  # for config.json
-    scaling: dict  # the encoder's mean and std
-
-
-def prepare(args: argparse.Namespace, name: str, init: str | None = None) -> Trial:
-    """Read the encoder and the data; refuse to test on what was trained on.
-
-    Args:
-        name: of the run's folder, before the task's.
-        init: as `simclr.init_encoder` takes it; None = begin with --encoder.
-    """
-    out, machine = run_folder(args, f"{name}-{args.task}"), choose_machine(args)
-    if init is None:
-        path = encoder_path(args)
-        encoder, checkpoint = simclr.load_encoder(path)
-        if "head_type" in checkpoint:  # of a fine-tuning it would know the labels beforehand
-            raise data.UserError(f"{path} is a classifier; --encoder takes an encoder.pt")
-        origin = f"{path} of epoch {checkpoint['epoch']}"
-        values = {"encoder": str(path.resolve()), "pretraining": checkpoint["config"]}
-    else:
+def prepare(args: argparse.Namespace, from_scratch: bool = False) -> tuple[data.Study, heads.Setup]:
+    """Read the encoder and the data; refuse to test on what the encoder was trained on."""
+    device, bf16 = choose_device(args)
+    if from_scratch:
         torch.manual_seed(args.seed)
-        encoder, mean, std = simclr.init_encoder(args.arch, init)
-        origin, values = f"{init} weights", {"init": init}
+        encoder, mean, std = simclr.init_encoder(args.arch, args.init)
         config = {"arch": args.arch, "image_size": args.image_size, "mean": mean, "std": std}
         seen = torch.zeros(0, 16, dtype=torch.uint8)
         checkpoint = simclr.encoder_checkpoint(encoder, config, 0, seen)
-    study = load_data(args, checkpoint["image_size"])
-    task = study.task(args.task)
-    heads.check_split(task)
-    leaked = heads.refuse_leak(study, task, checkpoint["seen"].numpy(), args.allow_leak)
-    values |= {"task": task.name, "leaked": bool(leaked), "pretraining_epoch": checkpoint["epoch"]}
-    values |= {key: checkpoint[key] for key in ("arch", "image_size")}
-    values["weights"] = simclr.digest(encoder)
-    print(f"{args.command} {task.name} with {origin}, on {machine.text}")
-    scaling = {key: checkpoint[key] for key in ("mean", "std")}
-    return Trial(out, machine, encoder, checkpoint, study, task, leaked, values, scaling)
+    else:
+        path = args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
+        encoder, checkpoint = simclr.load_encoder(path)
+        if "head" in checkpoint:  # its encoder would know the labels beforehand
+            raise data.UserError(f"{path} is a classifier; --encoder takes an encoder.pt")
+        say(f"{path}: {checkpoint['arch']} after {checkpoint['epoch']} epochs of pretraining")
+    study = load_study(args, checkpoint["image_size"])
+    task = find_task(args, study)
+    data.check_split(task)
+    data.refuse_leak(study, task, checkpoint["seen"].numpy())
+    counts = ", ".join(f"{len(task.part(split)):,} {split}" for split in SPLITS)
+    say(f"task {task.name} ({', '.join(task.classes)}): {counts}")
+    return study, heads.Setup(study.images, task, encoder, checkpoint, device, bf16)
+
+
+def describe_fit(
+    args: argparse.Namespace, study: data.Study, setup: heads.Setup, settings: object, **values
+) -> dict:
+    """`describe_run` of what starts from an encoder: its weights are part of the settings."""
+    weights = hashlib.sha256()
+    for value in setup.checkpoint["encoder"].values():
+        weights.update(value.numpy().tobytes())
+    values |= {"task": setup.task.name, "weights": weights.hexdigest(), **asdict(settings)}
+    values |= {"pretraining": setup.checkpoint["config"]}
+    return describe_run(args, study, **values)
 
 
 def probe(args: argparse.Namespace) -> None:
-    """Train the cosine MLP on the frozen encoder, and on the baselines; leaves classifier.pt."""
-    trial = prepare(args, "probe")
+    """Train a head on the frozen encoder, and on two baselines; leaves classifier.pt."""
+    study, setup = prepare(args)
+    out = args.out or base_folder(args) / f"probe-{setup.task.name}"
     settings = heads.Probing(epochs=args.epochs, seed=args.seed)
-    config = run_config(args, trial.study, trial.machine, settings, **trial.values)
-    images = trial.study.pictures.squares(trial.task.rows)
-    h = heads.features_of(trial.encoder, trial.checkpoint, images, *trial.machine[:2])
-    progress = partial(progress_bar, total=args.epochs, unit="epoch", leave=False)
-    head, records, probs = heads.fit_probe(h, trial.task, settings, "cosine_mlp", progress)
-    fitted = {"pretrained encoder": probs}
-    finish_classifier(args, trial, config, head, "cosine_mlp", settings, records, fitted)
+    config = describe_fit(args, study, setup, settings, head=args.head)
+    with open_run(args, out, config):
+        say("reading features, in float32")
+        features = heads.task_features(setup, setup.encoder)
+        fitted = heads.fit_probe(features, setup.task, settings, args.head, progress_bar)
+        head, records, probs = fitted
+        classifier = heads.Classifier(setup.encoder, head)
+        results = {f"pretrained encoder, {args.head}": probs}
+        results |= heads.baselines(setup, settings, args.head, progress_bar)
+        finish(args, out, config, study, setup, classifier, args.head, records, results)
 
 
 def finetune(args: argparse.Namespace) -> None:
     """Train encoder and a fully connected head end to end; --from-scratch is the baseline."""
-    args.from_scratch |= args.init == "random"
-    ways = {"--encoder": args.encoder, "--init": args.init, "--from-scratch": args.from_scratch}
-    if len(given := [name for name, value in ways.items() if value]) > 1:
-        raise data.UserError(f"{' and '.join(given)} say where to begin; give one of them")
-    name, lrs = "finetune", heads.FineTuning.lrs
-    if args.from_scratch:
-        name, lrs, args.init = "scratch", heads.SCRATCH_LRS, "random"
-    trial = prepare(args, name, args.init)
-    out, machine, encoder, checkpoint, study, task, *_, scaling = trial
-    lrs = (args.lr,) if args.lr else lrs
-    settings = heads.FineTuning(args.epochs, lrs=lrs, seed=args.seed, **scaling)
-    config = run_config(args, study, machine, settings, **trial.values)
-    of, pictures, labels = heads.parts_of(task), study.pictures, torch.from_numpy(task.labels)
-    places = pictures.place[task.rows]
-    parts = [(places[of[part]], labels[of[part]]) for part in ("train", "val")]
-    n, K = len(parts[0][0]), len(task.classes)
-    run = heads.fine_tuning(encoder, K, settings, n, *machine[:2])
-    with ExitStack() as held:
-        state = simclr.open_run(held, out, config, args.restart)
-        if state:
-            run.restore(state)
-        print(f"  {run.epochs} epochs of {run.steps} steps on {n:,} pictures, learning rates {lrs}")
-        steps = heads.finetune(run, pictures.cached["square"], *parts)
-        train(run, steps, out, config, partial(simclr.save_run, run, out, config))
-        head, images = run.networks["head"].cpu(), pictures.squares(task.rows)
+    study, setup = prepare(args, args.from_scratch)
+    kind = "scratch" if args.from_scratch else "finetune"
+    out = args.out or base_folder(args) / f"{kind}-{setup.task.name}"
+    lrs = heads.SCRATCH_LRS if args.from_scratch else heads.FineTuning.lrs
+    if args.lr:
+        lrs = (args.lr,)
+    settings = heads.FineTuning(epochs=args.epochs, lrs=lrs, seed=args.seed)
+    config = describe_fit(args, study, setup, settings, bf16=setup.bf16)
+    K = len(setup.task.classes)
+    with open_run(args, out, config) as state:
+        head = heads.new_head("linear", setup.encoder.feature_dim, K, args.seed)
+        classifier = heads.Classifier(setup.encoder, head)
+        bar = partial(progress_bar, unit="step")
+        epochs = heads.finetune(setup, classifier, settings, state, bar)
+        save = partial(simclr.save, path=out / "checkpoint.pt")
+        records = train(out, epochs, state, len(lrs) * args.epochs, save)
+        say("reading features, in float32")
+        features = heads.task_features(setup, classifier.encoder)
         probs = {}
-        for part in ("val", "test"):
-            h = heads.features_of(encoder, checkpoint, images[of[part]], *machine[:2])
-            probs[part] = heads.probabilities(head, h).numpy()
-        checkpoint["encoder"] = {k: v.cpu() for k, v in encoder.state_dict().items()}
-        fitted = {"from scratch" if args.from_scratch else "fine-tuned network": probs}
-        how = heads.Probing(seed=args.seed), run.records, fitted
-        finish_classifier(args, trial, config, head, "linear", *how)
+        for split in ("val", "test"):
+            probs[split] = heads.probabilities(head, features[setup.task.part(split)])
+        results = {"from scratch" if args.from_scratch else "fine-tuned": probs}
+        results |= heads.baselines(setup, heads.Probing(seed=args.seed), "linear", progress_bar)
+        finish(args, out, config, study, setup, classifier, "linear", records, results)
 
 
-def finish_classifier(
+def finish(
     args: argparse.Namespace,
-    trial: Trial,
+    out: Path,
     config: dict,
-    head: nn.Module,
+    study: data.Study,
+    setup: heads.Setup,
+    classifier: heads.Classifier,
     head_type: str,
-    probing: heads.Probing,
     records: list[dict],
-    fitted: dict[str, dict[str, np.ndarray]],
+    answers: dict[str, dict],
 ) -> None:
     """Set a result beside its baselines; write classifier.pt and what belongs to it.
 
     Args:
-        probing: how the baselines are trained: the same head, on what has learnt nothing.
-        records: of the training's epochs.
-        fitted: the result's name, and its probabilities of the val part and the test part.
+        answers: name -> probabilities of val and test; the result first, then its baselines.
     """
-    out, machine, _, checkpoint, study, task, leaked, *_ = trial
-    progress = partial(progress_bar, total=probing.epochs, unit="epoch", leave=False)
-    how = probing, head_type, progress, *machine[:2]
-    fitted = fitted | heads.baselines(checkpoint, study.pictures, task, *how)
-    test = heads.test_part(study, task)
-    results = {name: test.measure(probs["test"]) for name, probs in fitted.items()}
-    probs = next(iter(fitted.values()))
-    temperature = evaluate.fit_temperature(task.part("val")[1], probs["val"])
-    values = {"config": config, "temperature": temperature}
-    heads.save_classifier(out / "classifier.pt", checkpoint, head, head_type, study, task, **values)
-    caption = evaluate.leak_caption(leaked)
-    files = {"config.json": config, "log.jsonl": records}
-    files |= {"splits.csv": heads.split_table(study, task)}
-    title = f"{out.name}: training"
-    files |= {"curve.png": evaluate.training_picture(records, title, caption)}
-    how = results, task.notes, temperature, caption
-    files |= evaluate.result_files(test, probs["test"], *how)
-    later = [name for name in sorted(study.tasks) if name > task.name]
-    flags = data_flags(args) + (["--encoder", str(args.encoder)] if args.encoder else [])
-    following = ["explain", *data_flags(args), "--model", str(out / "classifier.pt")]
-    again = args.command == "probe" and later
-    conclude(out, files, ["probe", *flags, "--task", later[0]] if again else following)
+    task = setup.task
+    test = test_set(study, task)
+    name, probs = next(iter(answers.items()))
+    temperature = evaluate.fit_temperature(task.labels[task.part("val")], probs["val"])
+    results = {}
+    for row, answer in answers.items():
+        results[row] = test.measure(answer["test"], temperature if row == name else 1.0)
+    heads.save_classifier(out / "classifier.pt", classifier, setup, head_type, temperature, config)
+    chosen = max(records, key=heads.merit)["epoch"]
+    names = {"train_loss": "training loss, nats", "val_loss": "val loss, nats"}
+    names["val_accuracy"] = "val accuracy"
+    n_val = len(task.part("val"))
+    files = result_files(test, probs["test"], results, temperature, task.notes, n_val)
+    files |= {"log.jsonl": records, "splits.csv": split_table(study, task)}
+    files["curve.png"] = evaluate.curve_figure(f"{task.name}: {name}", records, names, chosen)
+    rows = list(results.values())
+    if rows[0]["accuracy"] <= rows[1]["accuracy"]:
+        say("The encoder is no better than an untrained one: try more epochs, or larger images.")
+    model = ["--model", str(out / "classifier.pt")]
+    conclude(out, files, ["explain", *data_flags(args), *model])
+
+
+def test_set(study: data.Study, task: data.Task) -> evaluate.TestSet:
+    """The test images of a task, as evaluate.py takes them."""
+    test = task.part("test")
+    paths = [study.images.names[row] for row in task.rows[test]]
+    return evaluate.TestSet(task.name, task.classes, paths, task.labels[test], task.groups[test])
+
+
+def result_files(
+    test: evaluate.TestSet,
+    probs: np.ndarray,
+    results: dict[str, dict],
+    temperature: float,
+    notes: dict,
+    n_val: int | None,
+) -> dict[str, object]:
+    """The files of a result: metrics.json, report.md, predictions.csv and the figures.
+
+    Args:
+        probs: (N, K), not calibrated, of the first of `results`.
+        n_val: as `evaluate.report` takes it.
+    """
+    name, metrics = next(iter(results.items()))
+    metrics = metrics | {"split": notes, "baseline": list(results.values())[1]}
+    calibrated = evaluate.with_temperature(probs, temperature)
+    answers = {"as it is": probs, "after temperature scaling": calibrated}
+    figures = ["confusion.png", "roc.png", "reliability.png"]
+    title = f"{test.task}: {name}, {date.today()}"
+    return {
+        "metrics.json": metrics,
+        "report.md": evaluate.report(title, results, n_val, notes, figures),
+        "predictions.csv": evaluate.prediction_table(test.paths, calibrated, test.classes, test),
+        "confusion.png": evaluate.confusion_figure(metrics["confusion_matrix"], test.classes),
+        "roc.png": evaluate.roc_figure(test, probs),
+        "reliability.png": evaluate.reliability_figure(test.labels, answers),
+    }
 
 
 def compare(args: argparse.Namespace) -> None:
     """Compare pretraining with training from scratch on the same few labels; leaves table.md."""
-    trial = prepare(args, "compare")
-    out, machine, encoder, checkpoint, study, task, leaked, values, scaling = trial
-    settings = heads.FineTuning(args.epochs, **scaling)
-    config = run_config(args, study, machine, settings, **values)
-    fractions, methods = sorted(set(args.label_fractions)), evaluate.METHODS
-    plan = [(f, s, m) for s in range(args.seeds) for f in fractions for m in methods]
-    with ExitStack() as held:
-        state = simclr.open_run(held, out, config, args.restart) or {"cells": []}
-        cells = {(c["fraction"], c["seed"], c["method"]): c for c in state["cells"]}
-        todo = [fit for fit in plan if fit not in cells]
-        print(f"  {len(plan)} fits, {len(plan) - len(todo)} of them done before")
-        write(out, {"config.json": config})
-        images = study.pictures.squares(task.rows)
-        on = heads.Comparison(task, images, encoder, checkpoint, settings, *machine[:2])
-        with progress_bar(total=on.count_steps(todo), unit="step", desc="compare") as bar:
-            for cell in on.fit(todo):
-                if cell is None:
-                    bar.update()
-                else:
-                    cells[cell["fraction"], cell["seed"], cell["method"]] = cell
-                    state = {"config": config, "cells": [*cells.values()]}
-                    simclr.save(state, out / "checkpoint.pt")
-                    bar.set_postfix_str(f"{len(cells)} of {len(plan)} fits")
-    test, caption = heads.test_part(study, task), evaluate.leak_caption(leaked)
-    about = (
-        f"{task.name}: {len(test.labels):,} test pictures of {len(set(test.groups)):,} groups; "
-        f"{(task.split == 'val').sum():,} val pictures choose the epoch and, from scratch, the "
-        f"learning rate. One encoder; mean over {args.seeds} draws of labels, heads and order, ± "
-        "their standard deviation; in brackets the 95 % interval of that mean from resampling test "
-        "groups, which leaves the draw of labels out. "
-        f"Fine-tuning: {args.epochs} epochs; from scratch as many for each learning rate of "
-        f"{heads.SCRATCH_LRS}, and their seconds together. On {machine.text}."
-    )
-    files = evaluate.compare_files([cells[fit] for fit in plan], test, about, caption)
-    print(files["table.md"])
-    conclude(out, files)
+    study, setup = prepare(args)
+    out = args.out or base_folder(args) / f"compare-{setup.task.name}"
+    settings = heads.FineTuning(epochs=args.epochs)
+    # Shares and seeds are no settings: another one adds its fits to those that are there.
+    config = describe_fit(args, study, setup, settings, bf16=setup.bf16)
+    with open_run(args, out, config):
+        fits = read_fits(out / "fits.jsonl")
+        for seed in range(args.seeds):
+            for fraction in sorted(set(args.label_fractions)):
+                for method in evaluate.METHODS:
+                    key = (method, fraction, seed)
+                    if key in fits:
+                        continue
+                    say(f"  {method}, {fraction:.3%} of the labels, seed {seed}")
+                    bar = partial(progress_bar, desc=method)
+                    fits[key] = heads.fit(setup, method, fraction, seed, settings, bar)
+                    write(out, {"fits.jsonl": fits.values()})
+        chosen = []
+        for fit in fits.values():
+            if fit["seed"] < args.seeds and fit["fraction"] in args.label_fractions:
+                chosen.append(fit)
+        test = test_set(study, setup.task)
+        about = (
+            f"{len(test.paths):,} test images of {len(set(test.groups)):,} groups. Mean over "
+            f"{args.seeds} draws of labels, heads and order; brackets: 95 % intervals from "
+            f"resampling test groups. Fine-tuning: {args.epochs} epochs; from scratch as many for "
+            f"each of the rates {heads.SCRATCH_LRS}; val chooses."
+        )
+        title = f"{setup.task.name}: what labels are worth, {date.today()}"
+        files = evaluate.compare_files(chosen, test, title, about)
+        conclude(out, files, ["finetune", *data_flags(args), "--task", setup.task.name])
+
+
+def read_fits(file: Path) -> dict[tuple, dict]:
+    """The finished fits of a comparison, by (method, fraction, seed)."""
+    fits = {}
+    for line in file.read_text().splitlines() if file.exists() else []:
+        fit = json.loads(line)
+        fits[fit["method"], fit["fraction"], fit["seed"]] = fit
+    return fits
 
 
 # ---------------------------------------------------------------------------------------------
-# evaluate
+# evaluate, predict, explain, embed
 # ---------------------------------------------------------------------------------------------
 
 
-def score(args: argparse.Namespace) -> None:
-    """Score a classifier on pictures from elsewhere; leaves metrics.json and predictions.csv."""
-    encoder, head, checkpoint = heads.load_classifier(args.model)
-    name = args.task or checkpoint["task"]
-    out, machine = run_folder(args, f"evaluate-{name}"), choose_machine(args)
-    study = load_data(args, checkpoint["image_size"])
-    task, leaked = heads.unseen_part(
-        study, study.task(name), checkpoint["seen"].numpy(), args.allow_leak
-    )
-    left_out = task.notes["dropped_for_a_group_it_has_seen"]
-    dropped = task.notes["dropped_by_the_split"]
-    print(f"  left out: {left_out:,} pictures of groups that it was trained on, {dropped:,} twins")
-    test, caption = heads.test_part(study, task), evaluate.leak_caption(leaked)
-    images = study.pictures.squares(task.part("test")[0])
-    probs = heads.classify(encoder, head, checkpoint, images, task.classes, *machine[:2])
-    results = {"this classifier": test.measure(probs)}
-    results["always the commonest"] = test.measure(test.shares())
-    values = {"task": name, "model": str(args.model.resolve()), "leaked": bool(leaked)}
-    values["training"] = checkpoint["config"]
-    files = {"config.json": run_config(args, study, machine, None, **values)}
-    files["splits.csv"] = heads.split_table(study, task)
-    temperature = checkpoint.get("temperature", 1.0)
-    files |= evaluate.result_files(test, probs, results, task.notes, temperature, caption)
-    conclude(out, files)
+def read_model(args: argparse.Namespace) -> tuple[heads.Classifier, dict]:
+    """The classifier of --model; --patient-pattern is its own unless another was given."""
+    classifier, checkpoint = heads.load_classifier(args.model)
+    args.patient_pattern = args.patient_pattern or checkpoint["config"].get("patient_pattern")
+    args.task = args.task or checkpoint["task"]
+    return classifier, checkpoint
 
 
-# ---------------------------------------------------------------------------------------------
-# predict, embed
-# ---------------------------------------------------------------------------------------------
+def score_elsewhere(args: argparse.Namespace) -> None:
+    """Score a classifier on images from elsewhere that it has not seen; leaves report.md."""
+    classifier, checkpoint = read_model(args)
+    device, _ = choose_device(args)
+    study = load_study(args, checkpoint["image_size"])
+    task = heads.unseen_task(study, find_task(args, study), checkpoint)
+    out = args.out or base_folder(args) / f"evaluate-{task.name}"
+    test = test_set(study, task)
+    say(f"{len(test.paths):,} images of {task.name} are scored, {len(task.part('dropped')):,} not")
+    model = str(args.model.resolve())
+    with open_run(args, out, describe_run(args, study, task=task.name, model=model)):
+        rows = task.rows[task.part("test")]
+        squares = study.images.squares
+        features = heads.features_of(classifier.encoder, squares, rows, checkpoint, device)
+        probs = heads.probabilities(classifier.head, features)
+        shares = np.bincount(test.labels, minlength=len(task.classes)) / len(test.labels)
+        temperature = checkpoint["temperature"]
+        results = {"this classifier": test.measure(probs, temperature)}
+        constant = np.tile(shares, (len(test.labels), 1))
+        results["always the commonest class"] = test.measure(constant)
+        files = result_files(test, probs, results, temperature, task.notes, None)
+        files["splits.csv"] = split_table(study, task)
+        conclude(out, files, ["explain", *data_flags(args), "--model", str(args.model)])
 
 
 def predict(args: argparse.Namespace) -> None:
     """Say what a classifier makes of files and folders; leaves predictions.csv."""
-    encoder, head, checkpoint = heads.load_classifier(args.model)
-    args.out = args.out or RUNS / f"predict-{checkpoint['task']}"
-    out, machine, size = run_folder(args, ""), choose_machine(args), checkpoint["image_size"]
-    pictures, rows = load_paths(args, size)
-    images, classes = pictures.squares(rows), checkpoint["classes"]
-    probs = heads.classify(encoder, head, checkpoint, images, classes, *machine[:2])
-    table = evaluate.prediction_table([pictures.paths[row] for row in rows], probs, classes)
-    wide = max(len(one_line(path)) for path, *_ in table)
-    for path, called, *shares in table:  # the header, and then pictures, to four digits
-        shown = shares if path == "path" else [f"{float(share):.4f}" for share in shares]
-        print(f"{one_line(path):{wide}}  {called:>12}", *(f"{share:>14}" for share in shown))
-    config = {"command": "predict", "model": str(args.model.resolve()), "device": machine.text}
-    conclude(out, {"predictions.csv": table, "config.json": config | origin(args)})
+    args.patient_pattern = args.task = None
+    classifier, checkpoint = read_model(args)
+    device, _ = choose_device(args)
+    if not args.paths:
+        raise data.UserError("give the files or folders to predict")
+    images, rows = read_paths(args, checkpoint["image_size"])
+    out = args.out or RUNS / f"predict-{checkpoint['task']}"
+    config = describe_run(args, None, model=str(args.model.resolve()), paths=images.names)
+    with open_run(args, out, config):
+        probs = heads.predict_probs(classifier, checkpoint, images.squares, rows, device)
+        names, classes = [images.names[row] for row in rows], checkpoint["classes"]
+        pattern = re.compile(args.patient_pattern) if args.patient_pattern else None
+        of_patient = defaultdict(list)
+        for i, name in enumerate(names):
+            say(f"{name}: {answer_in_words(probs[i], classes)}")
+            of_patient[data.read_patient(name, pattern)].append(i)
+        for patient, chosen in of_patient.items():
+            if patient:
+                answer = answer_in_words(probs[chosen].mean(axis=0), classes)
+                say(f"patient {patient}, {len(chosen)} images: {answer}")
+        say(CAUTION)
+        if checkpoint["config"].get("phantoms"):
+            say("This classifier was trained on phantoms: of a real scan its answer means nothing.")
+        table = evaluate.prediction_table(names, probs, classes)
+        paths = [str(path) for path in args.paths]
+        following = ["explain", "--model", str(args.model), *paths]
+        conclude(out, {"predictions.csv": table}, following)
 
 
-class Asked(NamedTuple):
-    """The pictures to be explained."""
-
-    root: Path | None  # below which their paths are; None = they are phantoms
-    pictures: data.Pictures
-    rows: np.ndarray  # (n,) int64
-    labels: np.ndarray | None  # (n,) int64, as the classifier numbers them; None = unknown
-    groups: np.ndarray  # (n,) int64
+def answer_in_words(probs: np.ndarray, classes: list[str]) -> str:
+    """The classes with their probabilities, the most probable first."""
+    order = np.argsort(-probs, kind="stable")
+    return ", ".join(f"{classes[k]} {probs[k]:.4f}" for k in order)
 
 
-def asked_pictures(args: argparse.Namespace, checkpoint: dict) -> Asked:
-    """What `explain` shall explain: the given files or, with labels, what is not trained on."""
-    size = checkpoint["image_size"]
-    if args.paths and args.data:
-        raise data.UserError("give --data (its test part is explained) or files, not both")
-    if args.paths:
-        pictures, rows = load_paths(args, size)
-        owners = [m[1] if (m := data.SLICE.match(pictures.paths[r])) else str(r) for r in rows]
-        return Asked(Path(), pictures, rows, None, np.unique(owners, return_inverse=True)[1])
-    study, name = load_data(args, size), args.task or checkpoint["task"]
-    if not study.tasks and not args.task:  # loose pictures
-        seen = heads.was_seen(study, checkpoint["seen"].numpy())
-        rows = np.setdiff1d(readable(study.pictures), np.flatnonzero(seen))
-        if not len(rows):
-            raise data.UserError(f"it was trained on all of {args.data}; give others, or paths")
-        return Asked(args.data, study.pictures, rows, None, study.groups[rows])
-    task, _ = heads.unseen_part(study, study.task(name), checkpoint["seen"].numpy(), False)
-    rows, labels, groups = task.part("test")
-    labels = np.array(heads.columns_of(task.classes, checkpoint))[labels]
-    return Asked(args.data, study.pictures, rows, labels, groups)
-
-
-def overlay_files(out: Path, paths: Sequence[str]) -> list[str]:
-    """Names for the overlays of pictures; those that `explain` left here before are deleted."""
-    for old in out.glob("*.png") if (out / "explain.csv").exists() else ():
-        if re.match(r"\d{5}-", old.name):
-            old.unlink()
-    stems = [re.sub("[^A-Za-z0-9-]+", "-", Path(path).stem)[:60] for path in paths]
-    return [f"{i:05d}-{stem}.png" for i, stem in enumerate(stems)]
+def read_paths(args: argparse.Namespace, image_size: int) -> tuple[data.Images, np.ndarray]:
+    """The images of the files and folders that were typed, and the rows that can be read."""
+    images = data.load_files(args.paths, image_size, RUNS / "cache", progress_bar)
+    name_unreadable(images)
+    return images, np.setdiff1d(np.arange(len(images.names)), list(images.unreadable))
 
 
 def explain(args: argparse.Namespace) -> None:
     """Show where a classifier looked, and how far to believe it; leaves index.html."""
-    encoder, head, checkpoint = heads.load_classifier(args.model)
-    name, classes, size = (checkpoint[key] for key in ("task", "classes", "image_size"))
-    args.out = args.out or (RUNS if args.paths else base_folder(args)) / f"explain-{name}"
-    out, (device, bf16, text) = run_folder(args, ""), choose_machine(args)
-    if size <= simclr.STRIDES[args.layer]:
-        text = f"{args.layer} has one place for all of a picture of {size} pixels: no map; give an"
-        raise data.UserError(f"{text} earlier one, such as --layer layer{int(args.layer[-1]) - 1}")
-    root, pictures, rows, labels, groups = asked_pictures(args, checkpoint)
-    paths = [pictures.paths[row] for row in rows]
-    files = overlay_files(out, paths)
-    found, where = [], (f"encoder.{args.layer}", simclr.STRIDES[args.layer])
-    model = heads.Classifier(encoder, head).to(device)
-    random = heads.untrained_classifier(checkpoint).to(device)
-    # No cache: it would keep the weights that the randomisation check shuffles.
-    how = {"dtype": torch.bfloat16, "enabled": bf16, "cache_enabled": False}
-    precision = partial(torch.autocast, device.type, **how)
-    with gradcam.GradCAM(model, *where) as cam, gradcam.GradCAM(random, *where) as untrained:
-        for i in progress_bar(range(0, len(rows), EXPLAINED), unit="batch", leave=False):
-            squares = pictures.squares(rows[i : i + EXPLAINED])
-            lesions = [data.lesion_of(root, path, size) for path in paths[i : i + EXPLAINED]]
-            x, generator = heads.scaled(squares, checkpoint, device), data.generator_for(i)
-            with precision():
-                one = gradcam.explain(cam, untrained, squares, x, np.stack(lesions), generator)
-            found.append(one)
-            drawn = zip(files[i : i + EXPLAINED], squares, one.maps, lesions, strict=True)
-            write(out, {file: gradcam.overlay_picture(*rest) for file, *rest in drawn})
-    some = np.linspace(0, len(rows) - 1, min(gradcam.CHECKED, len(rows))).round().astype(int)
-    x = heads.scaled(pictures.squares(rows[some]), checkpoint, device)
-    with precision():
-        check = gradcam.randomisation_check(model, where[0], x, STAGES)
-    measures = {k: np.concatenate([one.measures[k] for one in found]) for k in found[0].measures}
-    probs = np.concatenate([one.probs for one in found])
-    shown = gradcam.Shown(name, classes, paths, files, labels, groups, probs, measures)
-    report = gradcam.report(shown, f"maps of {args.layer}", check)
-    page = gradcam.gallery(shown, report, lambda file: (out / file).read_bytes())
-    written = {"report.txt": report, "explain.csv": shown.table(), "index.html": page}
-    config = {"command": "explain", "model": str(args.model.resolve()), "layer": args.layer}
-    conclude(out, written | {"config.json": config | {"device": text} | origin(args)})
+    if args.paths and args.data:
+        raise data.UserError("give --data (its test images are explained) or files, not both")
+    classifier, checkpoint = read_model(args)
+    device, _ = choose_device(args)
+    size, classes = checkpoint["image_size"], checkpoint["classes"]
+    study = None
+    if args.paths:
+        images, rows = read_paths(args, size)
+        labels, root = np.full(len(rows), ""), Path()
+        patients = [data.read_patient(images.names[row], None) or str(row) for row in rows]
+        groups = np.unique(patients, return_inverse=True)[1]
+    else:
+        study = load_study(args, size)
+        task = heads.unseen_task(study, find_task(args, study), checkpoint)
+        test, images, root = task.part("test"), study.images, study.root
+        rows, groups = task.rows[test], task.groups[test]
+        labels = np.array(task.classes)[task.labels[test]]
+    out = args.out or (RUNS if args.paths else base_folder(args)) / f"explain-{checkpoint['task']}"
+    config = describe_run(args, study, model=str(args.model.resolve()), layer=args.layer)
+    config["images"] = [images.names[row] for row in rows]
+    with open_run(args, out, config):
+        columns = {"path": np.array([images.names[row] for row in rows]), "group": groups}
+        columns |= {"label": labels}
+        probs = heads.predict_probs(classifier, checkpoint, images.squares, rows, device)
+        columns["prediction"] = np.array(classes)[probs.argmax(axis=1)]
+        columns |= {f"p_{name}": probs[:, k] for k, name in enumerate(classes)}
+        columns["overlay"] = np.array([f"{i:05d}-map.png" for i in range(len(rows))])
+        columns |= draw_maps(args, out, classifier, checkpoint, images, root, rows, device)
+        some = rows[np.linspace(0, len(rows) - 1, min(EXPLAINED, len(rows))).astype(int)]
+        x = normalised(images.squares[some], checkpoint, device)
+        layer = f"encoder.{args.layer}"
+        shuffled = gradcam.randomisation_check(classifier, layer, x, STAGES)
+        title = f"{checkpoint['task']}: where the classifier looked ({args.layer})"
+        files = {
+            "report.md": gradcam.report(title, columns, shuffled),
+            "explain.csv": [list(columns), *zip(*columns.values(), strict=True)],
+            "index.html": gradcam.page(title, columns, shuffled),
+        }
+        conclude(out, files, ["predict", "--model", str(args.model), "FILES"])
+
+
+def normalised(squares: np.ndarray, checkpoint: dict, device: torch.device) -> torch.Tensor:
+    """Images (N, S, S) uint8 as an encoder takes them: (N, 1, S, S) float32."""
+    x = torch.from_numpy(np.array(squares))[:, None].to(device) / 255
+    return (x - checkpoint["mean"]) / checkpoint["std"]
+
+
+def draw_maps(
+    args: argparse.Namespace,
+    out: Path,
+    classifier: heads.Classifier,
+    checkpoint: dict,
+    images: data.Images,
+    root: Path | None,
+    rows: np.ndarray,
+    device: torch.device,
+) -> dict[str, np.ndarray]:
+    """Write the overlay of each image; the measures of its map, by name."""
+    layer, stride = f"encoder.{args.layer}", simclr.STRIDES[args.layer]
+    encoder = heads.untrained(checkpoint["arch"], 0)
+    K = len(checkpoint["classes"])
+    head = heads.new_head(checkpoint["head_type"], encoder.feature_dim, K, 0)
+    random = heads.Classifier(encoder, head).to(device)
+    measured = []
+    with (
+        gradcam.GradCAM(classifier.to(device), layer, stride) as cam,
+        gradcam.GradCAM(random, layer, stride) as untrained,
+    ):
+        for start in progress_bar(range(0, len(rows), EXPLAINED), unit="batch", desc="explain"):
+            chosen = rows[start : start + EXPLAINED]
+            squares = images.squares[chosen]
+            sick = [data.lesion_of(root, images.names[row], squares.shape[1]) for row in chosen]
+            lesions = torch.from_numpy(np.stack(sick))
+            x = normalised(squares, checkpoint, device)
+            generator = simclr.generator_for(start)
+            maps, measures = gradcam.explain(cam, untrained, x, lesions, generator)
+            measured.append(measures)
+            for i in range(len(chosen)):
+                figure = gradcam.overlay(squares[i], maps[i], sick[i])
+                write(out, {f"{start + i:05d}-map.png": figure})
+    return {name: np.concatenate([m[name] for m in measured]) for name in measured[0]}
 
 
 def embed(args: argparse.Namespace) -> None:
-    """Write the features of every picture of a folder, and draw their map."""
+    """Write the features of every image of a folder, with the split of the pretraining."""
+    path = args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
+    encoder, checkpoint = simclr.load_encoder(path)
+    config = checkpoint["config"]
+    args.patient_pattern = args.patient_pattern or config.get("patient_pattern")
+    args.resplit = args.resplit or config.get("resplit", False)
+    if config.get("labels") and not args.labels:
+        args.labels = Path(config["labels"])
     place = args.out or base_folder(args) / "features.npz"
-    args.out = place.parent
-    out, machine = run_folder(args, ""), choose_machine(args)
-    if place.suffix != ".npz" or place.is_dir():
+    if place.suffix != ".npz":
         raise data.UserError(f"--out {place} is the file of the features; its name ends in .npz")
-    encoder, checkpoint = simclr.load_encoder(encoder_path(args))
-    study = load_data(args, checkpoint["image_size"])
-    pictures = study.pictures
-    rows = readable(pictures)
-    h = heads.features_of(encoder, checkpoint, pictures.squares(rows), *machine[:2]).numpy()
-    told = np.full((3, len(pictures.paths)), "", object)  # label, task, split; '' = of no class
+    device, _ = choose_device(args)
+    study = load_study(args, checkpoint["image_size"])
+    names = np.array(study.images.names)
+    labels, tasks, splits = np.full((3, len(names)), "", object)
     for task in study.tasks.values():
-        told[0, task.rows] = np.array(task.classes)[task.labels]
-        told[1, task.rows], told[2, task.rows] = task.name, task.split
-    paths, (labels, tasks, splits) = np.array(pictures.paths)[rows], told[:, rows].astype(str)
-    features = {"features": h, "paths": paths, "labels": labels, "tasks": tasks, "splits": splits}
-    names = (
-        labels if len(study.tasks) < 2 else [f"{t} {k}" for t, k in zip(tasks, labels, strict=True)]
-    )
-    picture = evaluate.map_picture(h, names)
-    conclude(out, {place.name: features, f"{place.stem}.png": picture})
+        labels[task.rows] = np.array(task.classes)[task.labels]
+        tasks[task.rows], splits[task.rows] = task.name, task.split
+    seen = data.was_seen(study, checkpoint["seen"].numpy())
+    splits[seen & np.isin(splits, ("", "test", "val"))] = "pretrain"  # no test of this encoder
+    rows = np.setdiff1d(np.arange(len(names)), list(study.images.unreadable))
+    say(f"reading the features of {len(rows):,} images, in float32")
+    h = heads.features_of(encoder, study.images.squares, rows, checkpoint, device).numpy()
+    columns = {"paths": names[rows], "labels": labels[rows].astype(str)}
+    columns |= {"tasks": tasks[rows].astype(str), "splits": splits[rows].astype(str)}
+    write(place.parent, {place.name: {"features": h, **columns}})
+    say(f"in {place} now: features {h.shape}, paths, labels, tasks, splits")
+    say("next: " + shlex.join(["python", "main.py", *probe_or_embed(args, study, path)]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -825,210 +937,204 @@ def embed(args: argparse.Namespace) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistyped command as every other mistake is reported: one line, exit status 2."""
+    """Takes no abbreviated flags; reports a mistyped command as one line, as all mistakes are."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
         """Raise, where argparse would print the usage."""
         raise data.UserError(f"{message}; see: python {self.prog} --help")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Prints the default behind each flag that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        plain = action.default is None or action.default is False
-        return action.help if plain else super()._get_help_string(action)
-
-
-def number(kind: type, low: float, high: float = sys.float_info.max) -> Callable[[str], float]:
-    """An argparse type: a finite number of a kind, from `low` up."""
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number of a kind, from `low` to `high`."""
 
     def read(text: str) -> float:
-        """The number in `text`."""
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
         if not low <= value <= high:
-            raise ValueError
+            named = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is no {named} from {low:g} to {high:g}")
         return value
 
-    read.__name__ = f"{'whole ' * (kind is int)}number from {low} up"  # argparse prints it
     return read
 
 
-def pattern(text: str) -> re.Pattern:
+def pattern(text: str) -> str:
     """An argparse type: a regular expression with a capture group."""
     try:
-        found = re.compile(text)
+        compiled = re.compile(text)
     except re.error as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression ({error})") from None
-    if not found.groups:
+    if not compiled.groups:
         raise argparse.ArgumentTypeError(f"{text!r} has no (group) around what is the patient")
-    return found
+    return text
 
 
-SMALLER = {  # what to give where memory does not suffice
-    "pretrain": "a --chunk-size below the batch size (64, say), or a smaller --image-size",
-    "finetune": "a smaller --image-size, with --from-scratch or to pretrain",
+COUNT, POSITIVE = number(int, 1, 10**6), number(float, 1e-9, 1e3)
+SIZE, BATCH, EPOCHS = PHANTOM_DEFAULTS.values()
+FLAGS = {  # the defaults of three of them differ by command and on phantoms: `fill_in`
+    "paths": {"type": Path, "nargs": "*", "help": "images, volumes, shards and folders"},
+    "--data": {
+        "type": Path,
+        "help": "folder of scans, <task>/<class>/ in it; without it, phantoms",
+    },
+    "--labels": {"type": Path, "help": "table with the columns path, label (task, patient, split)"},
+    "--patient-pattern": {"type": pattern, "help": "regex; its first (group) is the patient"},
+    "--resplit": {"action": "store_true", "help": "pool published splits, and split anew"},
+    "--task": {"help": "such as tumor (`data` lists them); not needed where there is one"},
+    "--encoder": {"type": Path, "help": "an encoder.pt (default: that of `pretrain`)"},
+    "--model": {"type": Path, "required": True, "help": "a classifier.pt of probe or finetune"},
+    "--head": {
+        "choices": list(heads.HEADS),
+        "default": "cosine_mlp",
+        "help": "linear is the usual linear probe (default: cosine_mlp)",
+    },
+    "--from-scratch": {"action": "store_true", "help": "begin with --init: supervised baseline"},
+    "--layer": {
+        "choices": list(simclr.STRIDES),
+        "default": "layer3",
+        "help": "later stages know more, and are coarser (default: layer3)",
+    },
+    "--arch": {"choices": list(simclr.ARCHITECTURES), "default": "resnet18"},
+    "--init": {
+        "default": "random",
+        "help": "random, imagenet (fetched once), or a file of torchvision's (default: random)",
+    },
+    "--image-size": {
+        "type": number(int, 32, 1024),
+        "help": f"pixels a side; an encoder has its own (default: 128; {SIZE} on phantoms)",
+    },
+    "--batch-size": {
+        "type": number(int, 2, 10**6),
+        "help": f"slices a step; fewer where images are few (default: 512; {BATCH} on phantoms)",
+    },
+    "--chunk-size": {"type": COUNT, "help": "slices in memory at once; the loss is the batch's"},
+    "--epochs": {
+        "type": number(int, 0, 10**6),
+        "help": "passes over the images; more pay (default: pretrain 200, probe 150, finetune and "
+        f"compare 30; {EPOCHS} on phantoms but for the probe)",
+    },
+    "--lr": {
+        "type": POSITIVE,
+        "help": "peak learning rate; halve it if the loss bursts (default: pretrain 5e-4, "
+        "finetune 1e-4, from scratch the best on val of 1e-4, 3e-4, 1e-3)",
+    },
+    "--temperature": {
+        "type": POSITIVE,
+        "default": 0.07,
+        "help": "scale of NT-Xent, in cosines; lower stresses the hardest negatives (default: 0.07)",
+    },
+    "--label-fractions": {
+        "type": number(float, 1e-6, 1),
+        "nargs": "+",
+        "default": [0.01, 0.1, 1.0],
+        "help": "shares of the training groups that keep their labels (default: 0.01 0.1 1)",
+    },
+    "--seeds": {"type": COUNT, "default": 3, "help": "draws of labels and weights (default: 3)"},
+    "--seed": {
+        "type": number(int, 0, 2**63 - 1),
+        "default": 0,
+        "help": "moves weights, order and views, never the split (default: 0)",
+    },
+    "--precision": {
+        "choices": ["auto", "bf16", "fp32"],
+        "default": "auto",
+        "help": "of training; auto takes bf16 where the machine computes it (default: auto)",
+    },
+    "--out": {"type": Path, "help": "folder of the run (of embed, the file); else below runs/"},
+    "--restart": {"action": "store_true", "help": "delete what is there, and begin anew"},
+    "--device": {
+        "choices": ["auto", "cpu", "cuda", "mps"],
+        "default": "auto",
+        "help": "auto takes CUDA, then Apple's MPS, then the CPU (default: auto)",
+    },
 }
-COMMANDS = {  # what runs, and what it holds out
-    "data": (survey, "nothing, it trains nothing; its table shows val, test and dropped."),
-    "pretrain": (pretrain, "the val and test groups of every task below --data."),
-    "probe": (probe, "the test part, opened once; the val part chooses the epoch."),
-    "finetune": (finetune, "the test part, opened once; the val part chooses the epoch."),
-    "compare": (compare, "the test part, opened once for each fit; the val part chooses epochs."),
-    "evaluate": (score, "all groups that the classifier was trained on; the rest is scored."),
-    "predict": (predict, "nothing: it scores nothing."),
-    "explain": (explain, "with --data all that the classifier was trained on; it trains nothing."),
-    "embed": (embed, "nothing: it trains and scores nothing."),
+READING = "--data --labels --patient-pattern --resplit"
+NETWORK = "--arch --init --image-size --epochs --lr --seed --precision"
+COMMANDS = {  # each with its flags, but for the last three, which all commands have
+    "data": (survey, f"{READING} --task --image-size"),
+    "pretrain": (pretrain, f"{READING} {NETWORK} --batch-size --chunk-size --temperature"),
+    "probe": (probe, f"{READING} --task --encoder --head --epochs --seed"),
+    "finetune": (finetune, f"{READING} --task --encoder --from-scratch {NETWORK}"),
+    "compare": (
+        compare,
+        f"{READING} --task --encoder --label-fractions --seeds --epochs --precision",
+    ),
+    "evaluate": (score_elsewhere, f"{READING} --task --model"),
+    "predict": (predict, "paths --model"),
+    "explain": (explain, f"paths {READING} --task --model --layer"),
+    "embed": (embed, f"{READING} --encoder"),
 }
 
 
-def build_parser() -> Parser:
-    """One parser, one subcommand a stage.
-
-    The help of a command is the first line of the function that runs it, and what it holds out.
-    """
-    parser = Parser(prog="main.py", description="SimCLR for brain scans, by hand, in PyTorch.")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    groups: dict[tuple[str, str], argparse._ArgumentGroup] = {}
-    for name, (run, held_out) in COMMANDS.items():
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and that of each command; a command's help is its function's first line."""
+    parser = Parser(prog="main.py", description=f"SimCLR for brain scans. {CAUTION}")
+    adding = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = {}
+    for name, (run, flags) in COMMANDS.items():
         summary = run.__doc__.splitlines()[0]
-        sub = subparsers.add_parser(name, help=summary, formatter_class=HelpFormatter)
-        sub.description = f"{summary} Held out: {held_out}"
-        sub.set_defaults(run=run, data=None, group_pattern=None, resplit=False, task=None)
-        for title in ("data and output", "model", "optimisation", "machine"):
-            groups[name, title] = sub.add_argument_group(title)
-
-    def flag(title: str, commands: str, *name: str, **options: object) -> None:
-        """Give a flag to some commands."""
-        for command in commands.split():
-            groups[command, title].add_argument(*name, **options)
-
-    declare_data_flags(flag)
-    declare_training_flags(flag)
-    return parser
+        commands[name] = adding.add_parser(name, help=summary, description=summary)
+        commands[name].set_defaults(run=run)
+        for flag in f"{flags} --out --restart --device".split():
+            commands[name].add_argument(flag, **FLAGS[flag])
+    return parser, commands
 
 
-def text_of(name: str, text: str) -> str:
-    """A help text with the two defaults of a flag that has another one on phantoms."""
-    return f"{text} (default: {PUBLISHED[name]}; {PHANTOM_DEFAULTS[name]} on phantoms)"
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The typed words as values.
+
+    Raises:
+        UserError: a word is wrong; the line says which was perhaps meant.
+    """
+    parser, commands = build_parser()
+    if argv and argv[0][:1] != "-" and argv[0] not in commands:
+        hint = did_you_mean(argv[0], commands)
+        raise data.UserError(f"no command {argv[0]!r}{hint}; see: python main.py --help")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = did_you_mean(unknown[0], FLAGS)
+        see = f"see: python main.py {args.command} --help"
+        raise data.UserError(f"{args.command} does not know {unknown[0]!r}{hint}; {see}")
+    args.typed = argv
+    fill_in(args)
+    return args
 
 
-def declare_data_flags(flag: Callable) -> None:
-    """The flags that say what is read and written, each declared once for all its commands."""
-    part, trials = partial(flag, "data and output"), "probe finetune compare"
-    text = "pictures, volumes, shards, and folders"
-    part("predict", "paths", type=Path, nargs="+", help=text)
-    text += "; where not given, what of --data (or of the phantoms) it was not trained on"
-    part("explain", "paths", type=Path, nargs="*", help=text)
-    reading = f"data pretrain {trials} evaluate explain"
-    text = "folder of scans: <task>/<class>/ or <task>/Training/<class>/ below it; else phantoms"
-    part(f"{reading} embed", "--data", type=Path, help=text)
-    text = "folder of this run (of embed: the file); one below runs/ where not given"
-    part(f"{reading} embed predict", "--out", type=Path, help=text)
-    text = "searched in each path below --data; its first (group) is the patient"
-    part(reading, "--group-pattern", type=pattern, metavar="REGEX", help=text)
-    text = "pool the publisher's own training and test parts, and split them anew by group"
-    part(reading, "--resplit", action="store_true", help=text)
-    part(trials, "--task", required=True, help="one of those that `data` lists, such as tumor")
-    part("data", "--task", help="only this one; all that are there where not given")
-    part("evaluate explain", "--task", help="the classifier's own where not given")
-
-    part = partial(flag, "model")
-    text = "an encoder.pt; that of `pretrain` on the same kind of data where not given"
-    part(f"{trials} embed", "--encoder", type=Path, help=text)
-    part("evaluate predict explain", "--model", type=Path, required=True, help="a classifier.pt")
-    text = (
-        "first weights: random, imagenet (torchvision's, fetched once), or a file of torchvision's"
-    )
-    part("pretrain", "--init", default="random", help=text)
-    part("finetune", "--init", help="imagenet, or a file of torchvision's weights; not --encoder")
-    text = "begin with random weights: the supervised baseline, its learning rate chosen by val"
-    part("finetune", "--from-scratch", action="store_true", help=text)
-    text = "encoder; resnet50 has twice the parameters and four times the features"
-    text += f" (default: {PUBLISHED['arch']})"
-    part("pretrain finetune", "--arch", choices=tuple(simclr.ARCHITECTURES), help=text)
-    text = text_of("image_size", "side of the square pictures, in pixels; an --encoder has its own")
-    text = "stage of the encoder whose map is drawn: a later one knows more, and is coarser"
-    part("explain", "--layer", choices=tuple(simclr.STRIDES), default=gradcam.LAYER, help=text)
-    part("data pretrain finetune", "--image-size", type=number(int, 32), help=text)
-    text = "go on although test pictures were trained on; every output then says so"
-    part(f"{trials} evaluate", "--allow-leak", action="store_true", help=text)
-
-
-def declare_training_flags(flag: Callable) -> None:
-    """The flags that say how and on what to train."""
-    part, positive = partial(flag, "optimisation"), number(float, 1e-12)
-    text = text_of("batch_size", "slices a step; more negatives, more memory")
-    part("pretrain", "--batch-size", type=number(int, 2), help=text)
-    text = "slices in memory at once, for a larger batch; the loss still is over the whole batch"
-    part("pretrain", "--chunk-size", type=number(int, 1), help=text)
-    text = text_of("epochs", "passes over the pictures; 0 leaves random weights")
-    part("pretrain", "--epochs", type=number(int, 0), help=text)
-    epochs = heads.Probing.epochs
-    part("probe", "--epochs", type=number(int, 0), default=epochs, help="passes over the features")
-    text = f"passes over the pictures (default: {heads.FineTuning.epochs}; "
-    text += f"{PHANTOM_DEFAULTS['epochs']} on phantoms)"
-    part("finetune compare", "--epochs", type=number(int, 1), help=text)
-    text = f"highest learning rate (default: {heads.FineTuning.lrs[0]:g}; from scratch the best "
-    text += f"on val of {', '.join(f'{lr:g}' for lr in heads.SCRATCH_LRS)})"
-    part("finetune", "--lr", type=positive, help=text)
-    text = "shares of the training groups whose labels are used"
-    few = {"nargs": "+", "default": [0.01, 0.1, 1.0], "metavar": "SHARE", "help": text}
-    part("compare", "--label-fractions", type=number(float, 1e-12, 1), **few)
-    text = "how often each is fitted, each time on other groups and from other weights"
-    part("compare", "--seeds", type=number(int, 1), default=3, help=text)
-    text = "learning rate at the start; halve it if the loss turns NaN"
-    part("pretrain", "--lr", type=positive, default=PUBLISHED["lr"], help=text)
-    text = "softmax scale of NT-Xent in cosine units; lower stresses the hardest negatives"
-    tau = PUBLISHED["temperature"]
-    part("pretrain", "--temperature", type=positive, default=tau, help=text)
-    text = "begin anew, and replace what --out holds, where the same command would go on"
-    part("pretrain finetune compare", "--restart", action="store_true", help=text)
-    text = "moves first weights, order, views and dropout, never the split"
-    part("pretrain probe finetune", "--seed", type=number(int, 0), default=0, help=text)
-
-    computing = "pretrain probe finetune compare evaluate predict explain embed"
-    part = partial(flag, "machine", computing)
-    text = "auto takes CUDA, then Apple's MPS, then the CPU"
-    part("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
-    text = "auto takes bf16 where the machine computes it natively; the loss stays float32"
-    part("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=text)
+def fill_in(args: argparse.Namespace) -> None:
+    """Give flags that were not typed the defaults that differ by command and on phantoms."""
+    defaults = {"image_size": 128, "batch_size": 512, "epochs": 30}
+    if args.command in ("pretrain", "probe"):
+        defaults["epochs"] = {"pretrain": 200, "probe": 150}[args.command]
+    if getattr(args, "data", None) is None and args.command != "probe":
+        defaults |= PHANTOM_DEFAULTS
+    if args.command == "pretrain":
+        defaults["lr"] = simclr.Pretraining.lr
+    for name, value in defaults.items():
+        if getattr(args, name, value) is None:
+            setattr(args, name, value)
+    if getattr(args, "epochs", 1) == 0 and args.command != "pretrain":
+        raise data.UserError(f"{args.command} --epochs 0 trains nothing; give 1 or more")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; status 0, or 2 for a mistake that one line on standard error explains."""
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
     try:
-        args = build_parser().parse_args(argv)
-        args.typed = list(sys.argv[1:] if argv is None else argv)
+        args = parse(sys.argv[1:] if argv is None else argv)
         if PROCESSES > 1 and args.command != "pretrain":
             raise data.UserError(f"{args.command} runs in one process: start it without torchrun")
-        if args.command == "finetune" and not (args.from_scratch or args.init):
-            if args.image_size or args.arch:
-                text = "--arch and --image-size are those of the encoder; leave them out"
-                raise data.UserError(f"{text}, or give --from-scratch or --init")
-        defaults = PUBLISHED | (PHANTOM_DEFAULTS if args.data is None else {})
-        if args.data and args.command != "pretrain":
-            defaults["epochs"] = heads.FineTuning.epochs
-        for name in ("image_size", "arch", "batch_size", "epochs"):
-            if getattr(args, name, 0) is None:
-                setattr(args, name, defaults[name])
         args.run(args)
-    except data.UserError as error:
-        if not RANK:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+    except BrokenPipeError:  # `main.py data | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (data.UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        if RANK == 0:
+            print(f"error: {visible(str(error))}".replace("\n", " "), file=sys.stderr)
         return 2
-    except (MemoryError, RuntimeError) as error:
-        short = re.search("out of memory|can't allocate|not enough memory", str(error))
-        if not short and not isinstance(error, MemoryError):
-            raise
-        mend = SMALLER.get(args.command, "fewer pictures at once, or an encoder of smaller ones")
-        print(f"error: out of memory ({simclr.reason(error)}); give {mend}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Pretrain an encoder on pictures without labels: SimCLR (Chen et al., arXiv 2002.05709).
+"""Pretrain an encoder on images without labels: SimCLR (Chen et al., arXiv 2002.05709).
 
 Show the network two random views of every slice in a batch. Its encoder turns a view into a
 representation h, and a small projection head turns h into a projection z. The loss asks of each
@@ -11,150 +11,170 @@ what does not (pose, gain, noise). Afterwards the projection head is thrown away
     l(i, j) = -log( exp(sim(z_i, z_j) / tau) / sum_{k != i} exp(sim(z_i, z_k) / tau) )   (Eq. 1)
     L = mean of l over all 2N (anchor, positive) pairs                            (Algorithm 1)
 
-More negatives make a harder question, so batches are large: `backward_in_chunks` computes the loss
-and the gradients of a batch that memory has no room for, and torchrun spreads one over many
-processes. A `Run` can stop at any step and go on later, for a step draws its random numbers from
-(seed, epoch, step) and from nothing that ran before it.
+Shape letters: N slices in a batch (so 2N views) · C channels · H, W pixels, S where both are
+equal · E encoder features · D projection dimensions. Here also V views and n images to train on.
 
-Shape letters: N slices in a batch (so 2N views) · C channels · H, W pixels · E encoder features ·
-D projection dimensions · K classes. Here also n pictures, S = image size, and `share`: the slices
-of a batch that one process has (N where it is alone).
+Departures from the paper (docs/results.md has what was measured):
+  - one channel, no change of colour: scans are gray;
+  - rotation and affine besides crop and flip: heads lie a little askew; not measured;
+  - AdamW for LARS: batches here are 512, not 4096;
+  - temperature 0.07 for 0.1 to 0.5, and the learning rate ends at 1/50 of its peak, not at 0.
 
-Departures from the paper:
-  - one input channel: scans are gray;
-  - AdamW with a cosine schedule for LARS with warm-up: batches here are 512, not 4096;
-  - temperature 0.07 and a 512-wide hidden layer, the published values for brain scans;
-  - the learning rate ends at 1/50 of its peak, not at 0.
+What the defaults reproduce, with hardware, minutes and intervals, stands in docs/results.md.
 
 Next: evaluate.py
 """
 
-import hashlib
+import io
 import math
-import pickle
-import re
 import time
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import data
 
-RUN_FILES = (
-    "checkpoint.pt",
-    "encoder.pt",
-    "classifier.pt",
-    "log.jsonl",
-    "curve.png",
-    "config.json",
-)
-PROJECTION = 128  # D
-LEAST_PIXELS, MOST_PIXELS = 32, 4096  # a side: of more, a picture's activations take gigabytes
-IMAGENET_SCALING = (0.449, 0.226)  # mean and std of ImageNet's pixels, over its three channels
-STATISTICS = ("loss", "contrastive_accuracy", "embedding_std")  # that pretraining adds up
-RUN_STATE = ("step", "sums", "seconds", "records", "best")  # what a Run counts
-CHECKPOINT_SECONDS = 60  # at most one checkpoint a minute,
-CHECKPOINT_SHARE = 0.01  # and at most this share of the time is spent on writing them
-DEVICE_SHARE = 0.25  # of a GPU's free memory, for the pictures; where they need more, they stream
-# What may change between two starts of a run: it moves the speed and the last bits of the result
-# (and processes on CPUs, which have a batch norm each, a little more).
-FREE = {"data", "device", "processes", "threads", "encoder", "pretraining"}
-FREE |= {"typed", "folder", "commit", "versions"}
-
 # ---------------------------------------------------------------------------------------------
-# The encoder: a ResNet (He et al., arXiv 1512.03385), with torchvision's parameter names
+# Two views of a slice (§3): one 3x3 matrix, one resampling, then the gray values
 # ---------------------------------------------------------------------------------------------
 
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut around them (1512.03385, Fig. 5 left)."""
-
-    expansion = 1
-
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = shortcut(in_channels, channels, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, channels, H / stride, W / stride)."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+# Crops from 8 to 60 % of the area scored alike at equal compute; nothing else here was measured.
+CROP_AREA = (0.2, 1.0)  # share of the image's area; Chen et al. begin at 0.08
+CROP_RATIO = (3 / 4, 4 / 3)  # width / height; Chen et al., appendix A
+ROTATION = (-15.0, 15.0)  # degrees; ours, as are shift, scale and shear
+SHIFT = (-0.05, 0.05)  # share of the side
+SCALE = (0.95, 1.05)  # factor
+SHEAR = (-5.0, 5.0)  # degrees
+JITTER_CHANCE = 0.8  # Chen et al., appendix A; they draw factors from 0.2 to 1.8
+BRIGHTNESS = CONTRAST = (0.6, 1.4)  # factors
+BLUR_CHANCE = 0.5  # Chen et al., appendix A
+BLUR_SIGMA = (0.1, 2.0)  # pixels; Chen et al., appendix A
+ALL = slice(None)
 
 
-class Bottleneck(nn.Module):
-    """1x1 to narrow, 3x3, 1x1 to widen fourfold, and a shortcut (1512.03385, Fig. 5 right).
+def matrices(top: Sequence, middle: Sequence) -> Tensor:
+    """(V, 3, 3) from their upper two rows, of numbers and (V,) tensors; the third is 0, 0, 1."""
+    entries = [torch.as_tensor(entry) for entry in (*top, *middle, 0.0, 0.0, 1.0)]
+    return torch.stack(torch.broadcast_tensors(*entries), dim=1).view(-1, 3, 3)
 
-    The stride sits on the 3x3 convolution ("v1.5", as torchvision has it), not on the first.
+
+def random_matrices(between: Callable[[float, float], Tensor]) -> Tensor:
+    """From an output pixel to the point of the input it shows, both in [-1, 1]: (V, 3, 3).
+
+    Because they run backwards, the first matrix of the product is the first operation, the crop.
+
+    Args:
+        between: gives (V,) uniform numbers between two limits.
     """
-
-    expansion = 4
-
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * channels)
-        self.downsample = shortcut(in_channels, 4 * channels, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, 4 channels, H / stride, W / stride)."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+    area = between(*CROP_AREA)
+    ratio = between(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])).exp()
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    left, top = between(0, 1) * (1 - width), between(0, 1) * (1 - height)  # shares of the side
+    mirror = torch.where(between(0, 1) < 0.5, -1.0, 1.0)  # left-right: no scan is upside down
+    crop = matrices((mirror * width, 0, 2 * left + width - 1), (0, height, 2 * top + height - 1))
+    angle = torch.deg2rad(between(*ROTATION))
+    rotation = matrices((angle.cos(), -angle.sin(), 0), (angle.sin(), angle.cos(), 0))
+    shift = matrices((1, 0, -2 * between(*SHIFT)), (0, 1, -2 * between(*SHIFT)))
+    scale = between(*SCALE)
+    zoom = matrices((1 / scale, 0, 0), (0, 1 / scale, 0))
+    shear = matrices((1, torch.deg2rad(between(*SHEAR)).tan(), 0), (0, 1, 0))
+    return crop @ rotation @ shear @ zoom @ shift
 
 
-def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """A 1x1 convolution where the shape changes; None where the input itself can be added."""
-    if stride == 1 and in_channels == out_channels:
-        return None
-    conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Blur (V, 1, S, S) images, each with its own sigma (V,) in pixels; 0 leaves it as it is.
+
+    A Gaussian is separable, and along one axis it is a matrix B: x~ = B x B'. Its window is a
+    tenth of the side (appendix A); at the border it is cut, and still adds up to 1.
+    """
+    pixel = torch.arange(images.shape[-1], device=images.device)
+    distance = pixel[:, None] - pixel  # (S, S)
+    B = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)[:, None, None]) ** 2)  # (V, S, S)
+    B = B * (distance.abs() <= max(1, len(pixel) // 20))
+    B = (B / B.sum(dim=2, keepdim=True))[:, None]  # (V, 1, S, S), rows add up to 1
+    return B @ images @ B.mT  # (V, 1, S, S)
+
+
+def one_view(images: Tensor, generator: Generator, share: slice, mean: float, std: float) -> Tensor:
+    """One random view of each slice of a share; the arguments are those of `random_views`."""
+
+    def between(low: float, high: float) -> Tensor:
+        """Uniform numbers, drawn for the whole batch; those of the share: (V,)."""
+        return low + (high - low) * torch.rand(len(images), generator=generator)[share]
+
+    matrix = random_matrices(between).to(images.device)  # (V, 3, 3)
+    jittered, blurred = between(0, 1) < JITTER_CHANCE, between(0, 1) < BLUR_CHANCE
+    brightness = torch.where(jittered, between(*BRIGHTNESS), 1.0).to(images.device)
+    contrast = torch.where(jittered, between(*CONTRAST), 1.0).to(images.device)
+    sigma = torch.where(blurred, between(*BLUR_SIGMA), 0.0).to(images.device)
+
+    x = images[share] / 255 if images.dtype == torch.uint8 else images[share]  # in [0, 1]
+    grid = F.affine_grid(matrix[:, :2], x.shape, align_corners=False)  # (V, S, S, 2)
+    x = F.grid_sample(x, grid, align_corners=False)  # (V, 1, S, S), bilinear, black outside
+    x = (x * brightness[:, None, None, None]).clamp(0, 1)
+    gray = x.mean(dim=(1, 2, 3), keepdim=True)  # (V, 1, 1, 1)
+    x = (gray + (x - gray) * contrast[:, None, None, None]).clamp(0, 1)
+    return (gaussian_blur(x, sigma) - mean) / std
+
+
+def random_views(
+    images: Tensor, generator: Generator, share: slice = ALL, mean: float = 0.5, std: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Two independent random views of each slice (§2.1: t, t' ~ T).
+
+    Args:
+        images: (N, 1, S, S), uint8, or float32 in [0, 1]: the whole batch.
+        generator: on the CPU; it alone decides what the views look like.
+        share: the slices to make views of. Numbers are drawn for all, so that a slice's views do
+            not depend on how many processes share the batch.
+        mean, std: of the normalisation, which comes last; 0.5 and 0.5 give [-1, 1].
+
+    Returns:
+        view_a, view_b: (share, 1, S, S) float32.
+
+    Raises:
+        ValueError: the images are not gray squares.
+    """
+    if images.ndim != 4 or images.shape[1] != 1 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"expected (N, 1, S, S) images, got {tuple(images.shape)}")
+    view_a = one_view(images, generator, share, mean, std)
+    view_b = one_view(images, generator, share, mean, std)  # from the numbers that come next
+    return view_a, view_b
+
+
+# ---------------------------------------------------------------------------------------------
+# The encoder f: a ResNet (He et al., arXiv 1512.03385), with torchvision's parameter names
+# ---------------------------------------------------------------------------------------------
+
+
+def stage(block: type, in_channels: int, channels: int, depth: int, stride: int) -> nn.Sequential:
+    """`depth` blocks, of which the first one takes the stride."""
+    later = [block(channels * block.expansion, channels, 1) for _ in range(depth - 1)]
+    return nn.Sequential(block(in_channels, channels, stride), *later)
 
 
 class ResNet(nn.Module):
-    """The encoder f: a ResNet that ends with global average pooling; there is no `fc`.
-
-    Args:
-        block: BasicBlock or Bottleneck.
-        depths: blocks in each of the four stages.
-        in_channels: C, 1 for gray pictures.
-    """
+    """The encoder: four stages of BasicBlock or Bottleneck, global average pooling, no `fc`."""
 
     def __init__(self, block: type, depths: tuple[int, int, int, int], in_channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        width = 64
-        for stage, depth in enumerate(depths):
-            blocks = []
-            for i in range(depth):
-                stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(block(width, 64 * 2**stage, stride))
-                width = 64 * 2**stage * block.expansion
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
-        self.feature_dim = width  # E
+        self.layer1 = stage(block, 64, 64, depths[0], stride=1)
+        self.layer2 = stage(block, 64 * block.expansion, 128, depths[1], stride=2)
+        self.layer3 = stage(block, 128 * block.expansion, 256, depths[2], stride=2)
+        self.layer4 = stage(block, 256 * block.expansion, 512, depths[3], stride=2)
+        self.feature_dim = 512 * block.expansion  # E
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # 1502.01852; norms begin at weight 1, bias 0
+            if isinstance(module, nn.Conv2d):  # He et al., arXiv 1502.01852
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,34 +187,32 @@ class ResNet(nn.Module):
 
 
 def resnet18(in_channels: int = 1) -> ResNet:
-    """ResNet-18: E = 512; 11.2 million parameters, named as torchvision's (but for its `fc`)."""
+    """ResNet-18: E = 512, 11.2 million parameters."""
     return ResNet(BasicBlock, (2, 2, 2, 2), in_channels)
 
 
 def resnet50(in_channels: int = 1) -> ResNet:
-    """ResNet-50: E = 2048; 23.5 million parameters, named as torchvision's (but for its `fc`)."""
+    """ResNet-50: E = 2048, 23.5 million parameters."""
     return ResNet(Bottleneck, (3, 4, 6, 3), in_channels)
 
 
 ARCHITECTURES = {"resnet18": resnet18, "resnet50": resnet50}
-STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}  # pixels a place of a stage's map
+STRIDES = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}  # pixels a cell of a stage's map
+
+# ---------------------------------------------------------------------------------------------
+# The projection head g
+# ---------------------------------------------------------------------------------------------
 
 
 class ProjectionHead(nn.Sequential):
-    """The projection head g: Linear(E -> 4 D) -> ReLU -> Linear(4 D -> D) (§2.1; appendix B.4).
+    """Linear(E -> 512) -> ReLU -> Linear(512 -> D = 128): h (N, E) to z (N, D), of any scale.
 
-    Args:
-        in_features: E.
-        hidden_dim: D, the size of the projection z; the layer before it is 4 D wide.
-
-    Maps h (N, E) to z (N, D), any scale: `nt_xent` looks at directions only.
+    Without the ReLU it is one matrix, and h keeps less (§4.2). The widths are Lippe's.
     """
 
-    def __init__(self, in_features: int, hidden_dim: int = PROJECTION) -> None:
+    def __init__(self, in_features: int, hidden_dim: int = 512, out_dim: int = 128) -> None:
         super().__init__(
-            nn.Linear(in_features, 4 * hidden_dim),
-            nn.ReLU(),
-            nn.Linear(4 * hidden_dim, hidden_dim),
+            nn.Linear(in_features, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim)
         )
 
 
@@ -220,17 +238,16 @@ def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float = 0.07) -> Tensor:
 
     Raises:
         ValueError: the views differ in shape or are fewer than two, or temperature <= 0.
+
+    >>> round(float(nt_xent(torch.ones(4, 3), torch.ones(4, 3))), 4)  # log 7: nothing distinguished
+    1.9459
     """
     if z_a.shape != z_b.shape or z_a.ndim != 2 or len(z_a) < 2 or temperature <= 0:
-        raise ValueError(
-            f"expected two (N, D) views with N >= 2 and temperature > 0, got "
-            f"{tuple(z_a.shape)}, {tuple(z_b.shape)}, temperature {temperature}"
-        )
+        raise ValueError(f"got views {tuple(z_a.shape)}, {tuple(z_b.shape)}, tau={temperature}")
     N = len(z_a)
     with torch.autocast(z_a.device.type, enabled=False):  # inside it even a float32 product is bf16
-        z = torch.cat([z_a, z_b])  # (2N, D), bf16 perhaps; float64 stays float64
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        z = F.normalize(z, dim=1)  # (2N, D), unit rows
+        z = torch.cat([z_a, z_b])
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)  # (2N, D), unit
         logits = z @ z.T / temperature  # (2N, 2N), in [-1/tau, 1/tau]
     # A view is its own best match; -inf gives it probability 0, the "k != i" of Eq. 1.
     itself = torch.eye(2 * N, dtype=torch.bool, device=z.device)  # (2N, 2N), True = itself
@@ -240,7 +257,6 @@ def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float = 0.07) -> Tensor:
     return F.cross_entropy(logits, positive)
 
 
-@torch.no_grad()
 def contrastive_statistics(z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
     """How well the positives are found, and whether the projections have collapsed.
 
@@ -253,49 +269,57 @@ def contrastive_statistics(z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
         std: () standard deviation of the unit projections over the batch, averaged over D;
             about 1 / sqrt(D) when they spread over the sphere, 0 when they have collapsed.
     """
-    N = len(z_a)
-    z = F.normalize(torch.cat([z_a, z_b]).float(), dim=1)  # (2N, D)
-    similarity = (z @ z.T).fill_diagonal_(-torch.inf)  # (2N, 2N)
-    positive = torch.arange(2 * N, device=z.device).roll(N)  # (2N,)
+    z = F.normalize(torch.cat([z_a, z_b]).float(), dim=1)  # (2N, D), unit rows
+    similarity = (z @ z.T).fill_diagonal_(-torch.inf)  # (2N, 2N), no view is its own match
+    positive = torch.arange(len(z), device=z.device).roll(len(z_a))  # (2N,)
     return (similarity.argmax(dim=1) == positive).float().mean(), z.std(dim=0).mean()
 
 
 # ---------------------------------------------------------------------------------------------
-# Optimisation: what is decayed, how the learning rate falls, in which precision we compute
+# Optimisation
 # ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """The settings of a run.
+
+    The values are those of faroukb11/Brain_MRI_Classification, which are those of Lippe's SimCLR
+    tutorial (Amsterdam, tutorial 17) but for epochs and batch size, there 500 and 256.
+    """
+
+    epochs: int = 200  # matters: at equal compute the number of steps decides
+    batch_size: int = 512  # slices; matters only as it changes the number of steps
+    lr: float = 5e-4  # peak; not measured
+    weight_decay: float = 1e-4  # not measured
+    temperature: float = 0.07  # 0.07 to 0.5 made no clear difference in 257 steps
+    chunk_size: int | None = None  # slices whose activations are held at once; None = all
+    seed: int = 0
+    mean: float = 0.5  # of the normalisation, in units of [0, 1]
+    std: float = 0.5
 
 
 def adamw(network: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101), with weight decay on matrices and filters alone.
 
-    Biases and norms are spared: pulling a norm's scale to 0 regularises nothing, because the next
-    layer's weights make up for it, and only slows learning.
-
-    Args:
-        network: what is trained; its learning rate is set before each step (`set_lr`).
-        weight_decay: share of a weight taken off at each step, per unit of learning rate.
+    Biases and norms are spared: shrinking a norm's scale regularises nothing, as the next layer's
+    weights make up for it. The learning rate is set before each step (`set_lr`).
     """
-    parameters = list(network.parameters())
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        fused=True,  # one pass over the weights, not ten
-    )
+    decayed = {"params": [p for p in network.parameters() if p.ndim > 1]}
+    spared = {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([decayed, spared], weight_decay=weight_decay, fused=True)
 
 
-def cosine_lr(step: int, steps: int, peak: float, floor: float) -> float:
-    """The learning rate of a step: half a cosine from `peak` towards `floor` (arXiv 1608.03983).
+def warmup_cosine(step: int, steps: int, peak: float, floor: float) -> float:
+    """The learning rate of a step: half a cosine from `peak` to `floor`, after a rise from 0.
 
-    Args:
-        step: 0, ..., steps - 1, counted over the whole run.
-        steps: of the whole run.
+    The rise takes the first 5 % of the steps (Chen et al.: 10 epochs of 100 to 1000; not measured).
 
-    >>> [round(cosine_lr(s, 4, 1.0, 0.0), 3) for s in range(5)]
-    [1.0, 0.854, 0.5, 0.146, 0.0]
+    >>> [round(warmup_cosine(step, 40, 1.0, 0.02), 3) for step in (0, 1, 20, 40)]
+    [0.5, 0.998, 0.51, 0.02]
     """
-    return floor + (peak - floor) * (1 + math.cos(math.pi * step / steps)) / 2
+    cosine = floor + (peak - floor) * (1 + math.cos(math.pi * step / steps)) / 2
+    return cosine * min(1.0, (step + 1) / (0.05 * steps))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -304,480 +328,267 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def native_bf16(device: torch.device) -> tuple[bool, str]:
-    """Whether `device` computes bf16 in hardware; where it emulates it, float32 is faster.
+# ---------------------------------------------------------------------------------------------
+# The plain step: views -> encoder -> projection head -> loss
+# ---------------------------------------------------------------------------------------------
+
+
+def training_step(
+    networks: nn.ModuleDict, images: Tensor, generator: Generator, settings: Pretraining, bf16: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The method: find the gradients of one batch, for the optimiser to take.
+
+    Args:
+        networks: "encoder" and "projection_head".
+        images: (N, 1, S, S) uint8.
+        generator: decides what the views look like.
+        bf16: run the networks under bf16 autocast.
 
     Returns:
-        (True or False, how we know)
+        loss () float32; z_a, z_b (N, D); none with a graph.
     """
+    share = own_share(len(images))  # of many processes, the slices of this one; alone, all
+    view_a, view_b = random_views(images, generator, share, settings.mean, settings.std)
+    views = torch.cat([view_a, view_b])  # (2N, 1, S, S), one pass: batch norm sees both alike
+    with torch.autocast(views.device.type, torch.bfloat16, enabled=bf16):
+        h = encode(networks["encoder"], views, settings.chunk_size)  # (2N, E)
+        z = networks["projection_head"](h)  # (2N, D)
+    z_a, z_b = [gather(half) for half in z.chunk(2)]  # (N, D) each, of all processes
+    loss = nt_xent(z_a, z_b, settings.temperature)
+    loss.backward()
+    add_up_gradients(networks)  # of all processes
+    return loss.detach(), z_a.detach(), z_b.detach()
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------
+
+
+def seed_from(*key: int) -> int:
+    """One seed in [0, 2^63) from whole numbers >= 0; neighbouring keys give unrelated seeds."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator_for(*key: int) -> Generator:
+    """A CPU generator for one step; what was drawn before it makes no difference."""
+    return Generator().manual_seed(seed_from(*key))
+
+
+def pretrain(
+    networks: nn.ModuleDict,
+    images: np.ndarray,
+    rows: np.ndarray,
+    settings: Pretraining,
+    device: torch.device,
+    bf16: bool,
+    resume: dict | None = None,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> Iterator[tuple[dict, dict]]:
+    """Train encoder and projection head, in place.
+
+    Args:
+        networks: as above; their weights and their mode change.
+        images: (m, S, S) uint8, perhaps memory-mapped.
+        rows: (n,) int64, those to train on, n >= batch_size; an epoch leaves n mod batch_size out.
+        resume: the state to go on from.
+        progress: wraps the range of an epoch's steps, as tqdm does.
+
+    Yields:
+        After each epoch (record, state). record: epoch (from 1), loss, contrastive_accuracy and
+        embedding_std (means over the steps), lr (of the last step), images_per_second (slices, not
+        views), seconds. state: all that going on needs; references, no copies.
+
+    Raises:
+        UserError: the loss is not finite; the weights are those before the step.
+    """
+    size = settings.batch_size
+    steps = len(rows) // size
+    total = settings.epochs * steps
+    optimizer = prepare(networks, settings, device, bf16, resume)
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        images = torch.tensor(images, device=device)  # else each batch is copied in its turn
+    finished = resume["epoch"] if resume else 0
+    for epoch in range(finished + 1, settings.epochs + 1):
+        networks.train()
+        began = time.perf_counter()
+        sums = torch.zeros(3, device=device)
+        # Step 0 of an epoch draws its order, step s >= 1 the views of its batch s.
+        order = torch.randperm(len(rows), generator=generator_for(settings.seed, epoch, 0)).numpy()
+        for step in progress(range(steps)):
+            lr = warmup_cosine((epoch - 1) * steps + step, total, settings.lr, settings.lr / 50)
+            set_lr(optimizer, lr)
+            # The batch, (N, 1, S, S) uint8, from wherever the images lie.
+            batch = torch.as_tensor(images[rows[order[step * size : (step + 1) * size]]])[:, None]
+            generator = generator_for(settings.seed, epoch, step + 1)
+            optimizer.zero_grad()
+            loss, z_a, z_b = training_step(networks, batch.to(device), generator, settings, bf16)
+            if not loss.isfinite():
+                tip = f"try --restart --lr {settings.lr / 2:.2g}"
+                raise data.UserError(f"the loss is {loss:.3g} in epoch {epoch}; {tip}")
+            optimizer.step()
+            sums += torch.stack([loss, *contrastive_statistics(z_a, z_b)])
+        mean_loss, accuracy, std = (sums / steps).tolist()  # waits for the device
+        seconds = time.perf_counter() - began
+        record = {"epoch": epoch, "loss": mean_loss, "lr": lr, "contrastive_accuracy": accuracy}
+        record |= {"embedding_std": std, "images_per_second": steps * size / seconds}
+        state = {"weights": networks.state_dict(), "optimizer": optimizer.state_dict()}
+        yield record | {"seconds": seconds}, state | {"epoch": epoch}
+
+
+# ---------------------------------------------------------------------------------------------
+# Where it runs: device, precision, memory format
+# ---------------------------------------------------------------------------------------------
+
+
+def prepare(
+    networks: nn.ModuleDict, settings: Pretraining, device: torch.device, bf16: bool, state: dict
+) -> torch.optim.AdamW:
+    """Move the networks to the device and to a former state (None = as they are).
+
+    On many GPUs batch norm takes its statistics over all of them, as over one batch; on CPUs,
+    where torch has no such norm, each process has its own.
+
+    Returns:
+        Their optimiser.
+    """
+    if device.type == "cuda" and rank_and_world()[1] > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(networks)  # in place
+    networks.to(device, memory_format=memory_format(device, bf16))
+    optimizer = adamw(networks, settings.weight_decay)
+    if state:
+        networks.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+    return optimizer
+
+
+def native_bf16(device: torch.device) -> tuple[bool, str]:
+    """Whether a device computes bf16 in hardware (else float32 is faster), and how we know."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return major >= 8, f"CUDA capability {major}.{minor}"
-    if device.type == "cpu":
-        try:
-            flags = set(Path("/proc/cpuinfo").read_text().split())
-        except OSError:
-            flags = set()
-        found = sorted(flags & {"avx512_bf16", "amx_bf16"})
-        return bool(found), f"this CPU has {found[0] if found else 'no AVX-512 bf16 and no AMX'}"
-    return False, f"bf16 on {device.type} is not used"
+    cpuinfo = Path("/proc/cpuinfo")
+    native = device.type == "cpu" and cpuinfo.exists() and "_bf16" in cpuinfo.read_text()
+    return native, f"bf16 instructions on this {device.type}: {'yes' if native else 'no'}"
 
 
 def memory_format(device: torch.device, bf16: bool) -> torch.memory_format:
     """channels_last where it is faster: everywhere, except for float32 on a CPU with AVX-512.
 
-    Measured with ResNet-18 on two cores with AVX2 alone: channels_last gains 10 to 40 % in float32.
-    With AVX-512 it was reported to lose badly in float32 and to gain in bf16.
+    Measured with ResNet-18: with AVX-512 it costs 11 % in float32 and gains 17 % in bf16; with
+    AVX2 alone it gains 10 to 40 % in float32.
     """
-    wide = "AVX512" in torch.backends.cpu.get_cpu_capability()
-    slower = device.type == "cpu" and not bf16 and wide
-    return torch.contiguous_format if slower else torch.channels_last
+    wide = device.type == "cpu" and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return torch.contiguous_format if wide and not bf16 else torch.channels_last
 
 
 # ---------------------------------------------------------------------------------------------
-# Many processes: torchrun starts them, and each takes its share of every batch
+# The blocks of a ResNet
 # ---------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def many_processes(count: int, device: torch.device) -> Iterator[None]:
-    """Meet the other processes that torchrun has started; alone, do nothing.
+def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """The input itself or, where the shape changes, a 1x1 convolution of it."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
-    Args:
-        count: of all processes.
-        device: CUDA's tensors go by NCCL, the CPU's by gloo.
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut around them (1512.03385, Fig. 5 left)."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = shortcut(in_channels, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, channels, H / stride, W / stride)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1 to narrow, 3x3, 1x1 to widen fourfold, and a shortcut (1512.03385, Fig. 5 right).
+
+    The stride sits on the 3x3 convolution ("v1.5", as torchvision has it), not on the first.
     """
-    if count > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may decode for long
-    yield
-    if count > 1:
-        dist.destroy_process_group()
 
+    expansion = 4
 
-def rank_and_world() -> tuple[int, int]:
-    """Which process this is, and of how many; (0, 1) when it is alone."""
-    together = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * channels)
+        self.downsample = shortcut(in_channels, 4 * channels, stride)
 
-
-def gather(z: Tensor) -> Tensor:
-    """The projections of all ranks; those of this one keep their graph.
-
-    Every rank then computes the loss of the whole batch, and its backward pass gives the exact
-    gradient of that loss with respect to its own projections: as positives, and as negatives of
-    everybody else's. What the ranks find adds up to the gradient (`add_up_gradients`).
-
-    Args:
-        z: (share, D), on every rank as many.
-
-    Returns:
-        (N, D) float32 or better, in the order of the ranks.
-    """
-    rank, world = rank_and_world()
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    if world == 1:
-        return z
-    parts = [torch.empty_like(z) for _ in range(world)]
-    dist.all_gather(parts, z.detach())
-    parts[rank] = z
-    return torch.cat(parts)
-
-
-def add_up_gradients(networks: nn.Module) -> None:
-    """Give every rank the sum of all ranks' gradients: each found the part that is due to its z."""
-    if rank_and_world()[1] == 1:
-        return
-    gradients = [p.grad for p in networks.parameters()]
-    message = torch.cat([g.flatten() for g in gradients])  # one message, not sixty
-    dist.all_reduce(message)
-    for g, part in zip(gradients, message.split([g.numel() for g in gradients]), strict=True):
-        g.copy_(part.view_as(g))
-
-
-def on_every_rank(make: Callable[[], object]) -> object:
-    """What `make` returns or raises (a UserError) on rank 0, on every rank."""
-    rank, world = rank_and_world()
-    found: list = [None, None]
-    if rank == 0:
-        try:
-            found[0] = make()
-        except data.UserError as error:
-            found[1] = str(error)
-    if world > 1:
-        dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
-    if found[1]:
-        raise data.UserError(found[1])
-    return found[0]
-
-
-def on_any_rank(flag: int) -> int:
-    """The largest of all ranks' flags, which are equal afterwards."""
-    if rank_and_world()[1] == 1:
-        return flag
-    flags = torch.tensor(int(flag))  # on the CPU, so that no rank waits for its GPU
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return int(flags)
-
-
-def check_equal(value: str) -> None:
-    """See that every rank has the same, such as the fingerprint of its data.
-
-    Raises:
-        UserError: one has not; raised on all of them.
-    """
-    if on_any_rank(on_every_rank(lambda: value) != value):
-        raise data.UserError("the processes have read different pictures; give all the same --data")
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, 4 channels, H / stride, W / stride)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + self.downsample(x))
 
 
 # ---------------------------------------------------------------------------------------------
-# Pretraining
+# encoder.pt and checkpoint.pt: plain dicts of tensors and plain values
 # ---------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Pretraining:
-    """The settings of a pretraining run; the defaults are the published values."""
-
-    epochs: int = 200
-    batch_size: int = 512  # slices, so twice as many views; more negatives, a harder question
-    lr: float = 5e-4  # at the start
-    weight_decay: float = 1e-4
-    temperature: float = 0.07
-    chunk_size: int | None = None  # slices whose activations are held at once; None = all
-    seed: int = 0
-    mean: float = 0.5
-    std: float = 0.5
-
-
-class Run:
-    """A training under way, of any networks: what they have learnt and how far it is.
-
-    The next step depends on nothing else but the settings: its random numbers come from (seed,
-    epoch, step). So a run that is restored from its `state` goes on as if it had never stopped.
-
-    Args:
-        networks: by name, what is trained; the encoder comes first.
-        settings: `Pretraining`, or `heads.FineTuning`.
-        epochs, steps, batch: how many epochs there are, steps in each, and slices in a step.
-        device: of the networks.
-        bf16: run the networks under bf16 autocast; the loss is float32 always.
-    """
-
-    def __init__(
-        self,
-        networks: dict[str, nn.Module],
-        settings: Any,
-        epochs: int,
-        steps: int,
-        batch: int,
-        device: torch.device,
-        bf16: bool,
-    ) -> None:
-        self.networks = nn.ModuleDict(networks).train()
-        self.networks.to(device, memory_format=memory_format(device, bf16))
-        self.optimizer = adamw(self.networks, weight_decay=settings.weight_decay)
-        self.settings, self.device, self.bf16 = settings, device, bf16
-        self.epochs, self.steps, self.batch = epochs, steps, batch
-        self.records: list[dict[str, float]] = []  # one for each finished epoch
-        self.step = 0  # steps done in the epoch after these
-        self.sums = torch.zeros(3, device=device)  # of loss, accuracy, std over these steps
-        self.seconds, self.since = 0.0, time.perf_counter()  # of training, in these steps
-        self.best: dict = {}  # where validation chooses: the weights of the best epoch so far
-        self.first: dict = {}  # where training begins more than once: the weights it begins with
-
-    def tick(self) -> None:
-        """Count the seconds since the last tick."""
-        now = time.perf_counter()
-        self.seconds, self.since = self.seconds + now - self.since, now
-
-    def update(self, loss: Tensor, lr: float) -> None:
-        """Let the optimiser take its step, if loss and gradients are numbers.
-
-        Args:
-            loss: (), of the batch whose gradients are in place.
-            lr: to tell.
-
-        Raises:
-            UserError: they are not; the weights are as they were before the step.
-        """
-        norm = nn.utils.get_total_norm([p.grad for p in self.networks.parameters()])
-        numbers = torch.stack([loss.detach(), norm])
-        if not numbers.isfinite().all():  # waits for the device; the optimiser waits for this
-            low = f"a lower --lr ({lr / 2:.2g}, say)" + " or --precision fp32" * self.bf16
-            raise data.UserError(
-                f"the loss is {numbers[0]:.4g} and its gradients' norm {norm:.4g} in step "
-                f"{self.step + 1} of epoch {len(self.records) + 1} at learning rate {lr:.2g}; "
-                "the weights were not changed, and what was saved before is as it was; try "
-                f"{low}, with --restart or another --out"
-            )
-        self.optimizer.step()
-
-    @property
-    def finished(self) -> bool:
-        """Whether all epochs are done."""
-        return len(self.records) >= self.epochs
-
-    def state(self) -> dict:
-        """All of it, as tensors and plain values; shared with the run, not copied."""
-        return {
-            **{name: network.state_dict() for name, network in self.networks.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": len(self.records),
-            **{name: getattr(self, name) for name in RUN_STATE},
-        }
-
-    def restore(self, state: dict) -> None:
-        """Go back to where `state` was taken.
-
-        Raises:
-            UserError: it is of another run, in part or as a whole.
-        """
-        try:
-            for name, network in self.networks.items():
-                network.load_state_dict(state[name])
-            self.optimizer.load_state_dict(state["optimizer"])
-            for name in RUN_STATE:
-                setattr(self, name, state[name])
-            self.sums = self.sums.to(self.device, copy=True)
-        except Exception as error:  # a state that is not ours may lack or break anything
-            text = f"checkpoint.pt cannot be resumed ({reason(error)}); --restart begins anew"
-            raise data.UserError(text) from error
-
-
-def pretraining(
-    encoder: ResNet, settings: Pretraining, n: int, device: torch.device, bf16: bool
-) -> Run:
-    """A pretraining that is about to begin; the projection head is new.
-
-    Args:
-        encoder: on the CPU; trained in place.
-        n: pictures; the n mod batch_size of them left over in an epoch wait for the next one.
-        device, bf16: as `Run` takes them.
-    """
-    networks = {"encoder": encoder, "projection_head": ProjectionHead(encoder.feature_dim)}
-    if device.type == "cuda" and rank_and_world()[1] > 1:  # on CPUs each has its own statistics
-        networks = {k: nn.SyncBatchNorm.convert_sync_batchnorm(v) for k, v in networks.items()}
-    steps = n // settings.batch_size
-    return Run(networks, settings, settings.epochs, steps, settings.batch_size, device, bf16)
-
-
-def embed(networks: nn.ModuleDict, views: Tensor, bf16: bool) -> Tensor:
-    """What a run's two networks make of views: projections z or, of a classifier, logits.
-
-    Args:
-        networks: the encoder, then what takes its representations.
-        views: (V, 1, S, S) float, normalised.
-
-    Returns:
-        (V, D), bf16 if asked for.
-    """
-    encoder, head = networks.values()
-    with torch.autocast(views.device.type, torch.bfloat16, enabled=bf16):
-        h = encoder(views.contiguous(memory_format=memory_format(views.device, bf16)))  # (V, E)
-        return head(h)  # (V, D)
-
-
-def backward_in_chunks(
-    networks: nn.ModuleDict, views: Tensor, settings: Pretraining, bf16: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of a whole batch and its gradients, in the memory of one chunk (2101.06983, §3.1).
-
-    The loss sees the networks through z alone, and z is small. So (1) embed every chunk without
-    keeping activations; (2) take dL/dz of the loss over the whole batch, all its negatives
-    included; (3) embed every chunk again, with activations, and hand its rows of dL/dz back through
-    it. The gradients add up to those of the plain step; the price is one more forward pass.
-
-    A chunk holds both views of its slices. Batch norm sees a chunk where it would see the batch;
-    its running statistics move in (1), and (3) leaves them as they are.
-
-    Args:
-        networks: encoder and projection head; gradients are added to their parameters'.
-        views: (2 share, 1, S, S) float, the second views below the first.
-        settings: chunk_size in [1, share], and the temperature.
-
-    Returns:
-        (loss (), z_a (N, D), z_b (N, D)), none with a graph.
-    """
-    # Even chunks: in a small last one, batch norm would see next to nothing, and gradients burst.
-    count = -(-len(views) // (2 * settings.chunk_size))
-    pairs = zip(*(v.tensor_split(count) for v in views.chunk(2)), strict=True)
-    chunks = [torch.cat(pair) for pair in pairs]  # each (at most 2 chunk_size, 1, S, S)
-    with torch.no_grad():
-        z = [embed(networks, chunk, bf16).chunk(2) for chunk in chunks]
-    own = [torch.cat(parts).requires_grad_() for parts in zip(*z, strict=True)]  # (share, D)
-    z_a, z_b = (gather(z) for z in own)  # (N, D) each
-    loss = nt_xent(z_a, z_b, settings.temperature)
-    gradients = [g.tensor_split(count) for g in torch.autograd.grad(loss, own)]
-    statistics = [buffer.clone() for buffer in networks.buffers()]
-    for chunk, *gradient in zip(chunks, *gradients, strict=True):
-        embed(networks, chunk, bf16).backward(torch.cat(gradient))
-    for buffer, kept in zip(networks.buffers(), statistics, strict=True):
-        buffer.copy_(kept)
-    return loss.detach(), z_a.detach(), z_b.detach()
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that nobody waits for: CUDA fetches it from pinned memory."""
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
-
-
-def batches(images: Tensor | np.ndarray, order: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """Each batch's pictures on the device: (share, 1, S, S) uint8.
-
-    Args:
-        images: (m, S, S) uint8: a tensor on the device, or a memory-mapped array.
-        order: (steps, share) int64 on the CPU, rows of `images`.
-    """
-    if isinstance(images, Tensor):
-        for rows in to_device(order, device):
-            yield images[rows][:, None]
-    else:
-        for rows in order.numpy():
-            yield to_device(torch.from_numpy(images[rows])[:, None], device)
-
-
-def pretrain(
-    run: Run, images: Tensor | np.ndarray, rows: np.ndarray
-) -> Iterator[dict[str, float] | None]:
-    """Train a run to its end, from wherever it is.
-
-    Under torchrun every rank calls this with the same arguments, and takes its share of each batch.
-
-    Args:
-        images: (m, S, S) uint8, as in `batches`. An array moves to a GPU that has room for it.
-        rows: (n,) int64, which of the images to train on; n >= batch_size >= 2. The n mod
-            batch_size slices left over in an epoch wait for the next one.
-
-    Yields:
-        After each step None or, after an epoch's last one, its record: epoch (from 1), loss, lr,
-        contrastive_accuracy, embedding_std: means over the epoch's steps; images_per_second
-        (slices, not views) and seconds of training alone.
-    """
-    settings, networks, device = run.settings, run.networks, run.device
-    steps, (rank, world) = run.steps, rank_and_world()
-    share = settings.batch_size // world
-    mine = torch.arange(rank * share, (rank + 1) * share)  # (share,), which of the N slices
-    both = torch.cat([mine, settings.batch_size + mine])  # (2 share,), which of their 2N views
-    room = torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE if device.type == "cuda" else 0
-    if isinstance(images, np.ndarray) and len(rows) * images[:1].nbytes <= room:
-        images, rows = torch.from_numpy(images[rows]).to(device), np.arange(len(rows))
-    run.since = time.perf_counter()
-    while not run.finished:
-        epoch = len(run.records) + 1
-        # Step 0 of an epoch draws its order, step s >= 1 the views of its batch s.
-        order = torch.randperm(len(rows), generator=data.generator_for(settings.seed, epoch, 0))
-        order = torch.from_numpy(rows)[order[: steps * settings.batch_size]].view(steps, -1)
-        for batch in batches(images, order[run.step :, mine], device):  # (share, 1, S, S) uint8
-            done = (epoch - 1) * steps + run.step
-            lr = cosine_lr(done, settings.epochs * steps, settings.lr, settings.lr / 50)
-            set_lr(run.optimizer, lr)
-            generator = data.generator_for(settings.seed, epoch, run.step + 1)
-            numbers = data.draw_views(2 * settings.batch_size, generator).rows(both)
-            numbers = data.ViewParameters(*(to_device(column, device) for column in numbers))
-            # Both views in one pass, so that batch norm sees one population, not two.
-            pairs = torch.cat([batch, batch])  # (2 share, 1, S, S)
-            views = data.apply_views(pairs, numbers, settings.mean, settings.std)
-            run.optimizer.zero_grad()
-            if settings.chunk_size and settings.chunk_size < share:
-                loss, z_a, z_b = backward_in_chunks(networks, views, settings, run.bf16)
-            else:
-                z_a, z_b = (gather(z) for z in embed(networks, views, run.bf16).chunk(2))  # (N, D)
-                loss = nt_xent(z_a, z_b, settings.temperature)
-                loss.backward()
-            add_up_gradients(networks)
-            run.update(loss, lr)
-            run.sums += torch.stack([loss.detach(), *contrastive_statistics(z_a, z_b)])
-            run.step += 1
-            run.tick()
-            yield finish_epoch(run, lr, STATISTICS) if run.step == steps else None
-
-
-def finish_epoch(run: Run, lr: float, names: Sequence[str]) -> dict[str, float]:
-    """Record an epoch whose steps are done, and begin the next.
-
-    Args:
-        lr: of the last step.
-        names: of what the run's sums add up.
-    """
-    means = (run.sums / run.steps).tolist()  # waits for the device; the clock comes after
-    run.tick()
-    record = {"epoch": len(run.records) + 1, "lr": lr, **dict(zip(names, means, strict=False))}
-    speed = run.steps * run.batch / run.seconds
-    record |= {"images_per_second": speed, "seconds": run.seconds}
-    run.records, run.step, run.seconds = [*run.records, record], 0, 0.0
-    run.sums.zero_()
-    return record
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints: plain dicts of tensors and plain values, loadable with weights_only=True
-# ---------------------------------------------------------------------------------------------
-
-
-def reason(error: Exception) -> str:
-    """The first line of what an exception says."""
-    if isinstance(error, KeyError):  # it says the key alone
-        return f"it has no {error}"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def load_plain(path: str | Path) -> dict:
-    """Read a checkpoint of tensors and plain values; nothing else in it is ever unpickled.
-
-    Raises:
-        OSError, ValueError, RuntimeError, zipfile.BadZipFile...: it is damaged (the sums of a zip
-            file's parts tell), would unpack to more than it is, or holds anything else.
-    """
-    if zipfile.is_zipfile(path):  # torch.save's format; it compresses nothing
-        with zipfile.ZipFile(path) as parts:
-            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
-                raise ValueError("it is compressed, which no checkpoint is")
-            if damaged := parts.testzip():
-                raise ValueError(f"{damaged} in it is damaged")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of pickles that are none of torch's
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own text says how to run it all the same
-        found = re.search(r"GLOBAL (\S+)|(operand)", str(error))  # operand: of other pickles
-        if not found:
-            raise ValueError("it is damaged, or no file of torch's") from error
-        what = f"it holds {found[1] or 'a pickle of another program'}, which could run code"
-        raise ValueError(f"{what}, and was not unpickled") from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"it holds a {type(checkpoint).__name__}, no dict")
-    return checkpoint
-
-
-def digest(network: nn.Module) -> str:
-    """SHA-256 of a network's weights and statistics, hexadecimal."""
-    found = hashlib.sha256()
-    for value in network.state_dict().values():
-        found.update(np.ascontiguousarray(value.cpu().numpy()))
-    return found.hexdigest()
+# What may differ between two starts of a run: it moves the speed and the last bits at most.
+MACHINE = {"data", "device", "processes", "threads", "typed", "folder", "commit", "versions"}
 
 
 def save(checkpoint: dict, path: Path) -> None:
-    """Write a checkpoint such that a reader finds the old one or the new one, whole.
+    """Write a checkpoint such that a reader sees the old one or the new one, whole.
+
+    torch.save makes a RuntimeError of a full disk, write_atomically the OSError that it is.
+    """
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with data.write_atomically(path) as file:
+        file.write(buffer.getbuffer())
+
+
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong while a file is read into one clear line.
+
+    Raises:
+        UserError: `what`, and the reason. torch.load raises nearly anything on a foreign file.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise data.UserError(f"{what} ({error!r:.50})") from error
+
+
+def load_checkpoint(path: Path, what: str) -> dict:
+    """Read a checkpoint; nothing but tensors and plain values is ever unpickled.
 
     Args:
-        checkpoint: tensors and plain values alone, so that it loads with weights_only=True.
-        path: its place; missing folders are made.
+        what: what was expected there, and what makes one, for the line that a user sees.
     """
-    with data.write_atomically(path) as file:
-        torch.save(checkpoint, file)
+    with one_line(f"{path} cannot be read; expected {what}"):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def encoder_checkpoint(encoder: ResNet, config: dict, epoch: int, seen: Tensor) -> dict:
     """encoder.pt: all that using an encoder needs.
 
     Args:
-        config: of the run; what describes the encoder is copied out of it, to be found at once.
+        config: of the run; what describes the encoder is copied out of it.
         epoch: how many it was trained for.
-        seen: (n, 16) uint8, the hashes of the pictures pretrained on, so that a probe can refuse
-            a test part that holds one of them.
+        seen: (n, 16) uint8, hashes of the images it was trained on, so that a probe can refuse to
+            be tested on one of them.
     """
     weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
     described = {key: config[key] for key in ("arch", "image_size", "mean", "std")}
@@ -785,153 +596,24 @@ def encoder_checkpoint(encoder: ResNet, config: dict, epoch: int, seen: Tensor) 
     return described | {"epoch": epoch, "config": config, "seen": seen}
 
 
-def save_run(run: Run, out: Path, config: dict, seen: Tensor | None = None) -> float:
-    """Write checkpoint.pt, all that going on needs, and of a pretraining encoder.pt before it.
-
-    Only rank 0 does. Saving is not training: its seconds are taken off the run's.
-
-    Args:
-        seen: as `encoder_checkpoint` takes it; None = this is no pretraining.
-
-    Returns:
-        When to save again at the earliest, on time.monotonic's clock.
-
-    Raises:
-        UserError: a weight is no finite number.
-    """
-    began = time.monotonic()
-    if not all(value.isfinite().all() for value in run.networks.state_dict().values()):
-        raise data.UserError(
-            f"the weights are no finite numbers after step {run.step} of epoch "
-            f"{len(run.records) + 1}; what was saved before is as it was; start again with "
-            "--restart and a lower --lr"
-        )
-    if rank_and_world()[0] == 0:
-        if seen is not None:
-            encoder = run.networks["encoder"]
-            save(encoder_checkpoint(encoder, config, len(run.records), seen), out / "encoder.pt")
-        # last: when it says finished, all else is there
-        save(run.state() | {"config": config}, out / "checkpoint.pt")
-    took = time.monotonic() - began
-    run.seconds -= took
-    return time.monotonic() + max(CHECKPOINT_SECONDS, took / CHECKPOINT_SHARE)
-
-
-def read_checkpoint(out: Path, config: dict) -> dict | None:
-    """The state of the run whose checkpoint.pt is in a folder; None where there is none.
-
-    What it led to, encoder.pt or classifier.pt, still says of which run it is where it was deleted.
-
-    Args:
-        config: of the run that shall go on from it.
-
-    Raises:
-        UserError: it cannot be read, or is of a run with other settings.
-    """
-    path = next((out / name for name in RUN_FILES[:3] if (out / name).exists()), None)
-    if path is None:
-        return None
-    try:
-        state = load_plain(path)
-        before = state["config"]
-        if not state.keys() & {"sums", "cells", "seen"}:
-            raise ValueError("it holds a config alone")
-    except Exception as error:  # torch.load raises nearly anything on a file that isn't its own
-        raise data.UserError(
-            f"{path} cannot be resumed ({reason(error)}); --restart begins anew and replaces it"
-        ) from error
-    changed = [key for key in config if key not in FREE and before.get(key) != config[key]]
-    values = {key: f"{before.get(key)!s:.30} there, {config[key]!s:.30} here" for key in changed}
-    known = {"fingerprint": "other pictures", "weights": "another encoder"}
-    differ = [known.get(key, f"{key} {values[key]}") for key in changed]
-    if differ:
-        raise data.UserError(
-            f"{path} is of a run with other settings: {'; '.join(differ)}; give those to go on, "
-            "another --out for a second run, or --restart to begin anew and replace it"
-        )
-    return state if path.name == "checkpoint.pt" else None
-
-
-def open_run(held: ExitStack, out: Path, config: dict, restart: bool) -> dict | None:
-    """Hold a run's folder, and see how far the run in it has come (`read_checkpoint`).
-
-    Args:
-        held: lets go of the folder when it is closed.
-        restart: delete the run.
-    """
-    held.enter_context(data.locked(out, wait=False))
-    for name in RUN_FILES:
-        for leftover in out.glob(f".{name}.*.tmp"):  # of a write that was killed
-            leftover.unlink()
-        if restart:
-            (out / name).unlink(missing_ok=True)
-    return read_checkpoint(out, config)
-
-
-def check_encoder(checkpoint: dict) -> None:
-    """See that what `encoder_checkpoint` describes is there, of its type, and possible.
-
-    Raises:
-        ValueError: something is not; KeyError: something is missing.
-    """
-    kinds = {"arch": str, "encoder": dict, "feature_dim": int, "image_size": int, "mean": float}
-    kinds |= {"std": float, "epoch": int, "config": dict, "seen": Tensor}
-    for key, kind in kinds.items():
-        if not isinstance(checkpoint[key], kind):
-            raise ValueError(f"its {key} is a {type(checkpoint[key]).__name__}, no {kind.__name__}")
-    seen, (mean, std) = checkpoint["seen"], (checkpoint[key] for key in ("mean", "std"))
-    possible = {
-        "arch": checkpoint["arch"] in ARCHITECTURES,
-        "image_size": LEAST_PIXELS <= checkpoint["image_size"] <= MOST_PIXELS,
-        "mean or std": abs(mean) < 1e6 and 1e-6 < std < 1e6,
-        "seen": seen.dtype == torch.uint8 and seen.shape[1:] == (16,),
-    }
-    if wrong := [key for key, fine in possible.items() if not fine]:
-        raise ValueError(f"its {wrong[0]} cannot be: {str(checkpoint.get(wrong[0]))[:40]!r}")
-
-
-@torch.no_grad()
-def check_answer(network: nn.Module) -> None:
-    """See that a network that was read answers with numbers, whatever its weights are.
-
-    Raises:
-        ValueError: it does not.
-    """
-    was_training = network.training
-    answer = network.eval()(torch.zeros(1, 1, LEAST_PIXELS, LEAST_PIXELS))
-    network.train(was_training)
-    if not answer.isfinite().all():
-        raise ValueError("its weights give no finite numbers")
-
-
 def load_encoder(path: Path) -> tuple[ResNet, dict]:
-    """Read encoder.pt (or classifier.pt, which holds one) into a ResNet on the CPU.
+    """Read encoder.pt (or classifier.pt, which holds one too) into a ResNet on the CPU.
 
-    Nothing is unpickled but tensors and plain values, and every parameter has to be there, with
-    its own name and shape: an encoder loaded in part would run, and be wrong.
+    Every parameter has to be there, of its own name and shape: an encoder loaded in part would
+    run, and be wrong.
 
     Returns:
         (the encoder, the whole checkpoint)
 
     Raises:
-        UserError: the file is missing, or is not such a checkpoint.
+        UserError: the file is missing, or is no such checkpoint.
     """
-    try:
-        checkpoint = load_plain(path)
-        if "arch" not in checkpoint:
-            raise ValueError(f"it holds {', '.join(map(str, checkpoint))}; encoder.pt is beside it")
-        check_encoder(checkpoint)
+    checkpoint = load_checkpoint(path, "an encoder.pt, as `python main.py pretrain` makes it")
+    with one_line(f"{path} is no encoder.pt of this program"):
         encoder = ARCHITECTURES[checkpoint["arch"]]()
         encoder.load_state_dict(checkpoint["encoder"])
-        if checkpoint["feature_dim"] != encoder.feature_dim:
-            raise ValueError(f"its feature_dim is {checkpoint['feature_dim']}")
-        check_answer(encoder)
-    except FileNotFoundError:
-        raise data.UserError(
-            f"no encoder at {path}; make one with: python main.py pretrain, and the same --data"
-        ) from None
-    except Exception as error:  # torch.load raises nearly anything on a file that isn't its own
-        raise data.UserError(f"{path} cannot be used as an encoder.pt ({reason(error)})") from error
+        if not 32 <= checkpoint["image_size"] <= 1024:
+            raise ValueError(f"image_size {checkpoint['image_size']}")
     return encoder, checkpoint
 
 
@@ -946,7 +628,7 @@ def init_encoder(arch: str, init: str) -> tuple[ResNet, float, float]:
             file that holds a state_dict of torchvision's.
 
     Returns:
-        (the encoder on the CPU; mean and std of the pictures it expects, in units of [0, 1])
+        (the encoder on the CPU; mean and std of the images it expects, in units of [0, 1])
 
     Raises:
         UserError: they cannot be had, or are of another architecture.
@@ -954,20 +636,120 @@ def init_encoder(arch: str, init: str) -> tuple[ResNet, float, float]:
     encoder = ARCHITECTURES[arch]()
     if init == "random":
         return encoder, 0.5, 0.5
-    try:
+    with one_line(f"--init {init} has no weights of a {arch}"):
         if init == "imagenet":
             from torchvision.models import get_model_weights  # here alone: all else runs without
 
             weights = get_model_weights(arch).DEFAULT.get_state_dict(check_hash=True)
         else:
-            weights = load_plain(init)
-        if "encoder" in weights:  # what it has seen would be forgotten
-            raise ValueError(
-                "it is one of ours, which probe, finetune and compare take as --encoder"
-            )
+            weights = torch.load(init, map_location="cpu", weights_only=True)
         weights = {name: w for name, w in weights.items() if not name.startswith("fc.")}
         weights["conv1.weight"] = weights["conv1.weight"].sum(dim=1, keepdim=True)  # (64, 1, 7, 7)
         encoder.load_state_dict(weights)
-    except Exception as error:  # torch.load and a download raise nearly anything
-        raise data.UserError(f"--init {init}: no weights of a {arch} ({reason(error)})") from error
-    return encoder, *IMAGENET_SCALING
+    return encoder, 0.449, 0.226  # of ImageNet's pixels, over the three colours
+
+
+@contextmanager
+def open_run(out: Path, config: dict, restart: bool) -> Iterator[dict | None]:
+    """Hold a run's folder; yield the state to go on from, None where the run begins.
+
+    Args:
+        config: of the run that shall go on.
+        restart: delete what the former run wrote.
+
+    Raises:
+        UserError: another process holds the folder, or the run in it has other settings.
+    """
+    rank, world = rank_and_world()
+    with data.lock_folder(out) if rank == 0 else nullcontext():
+        if restart and rank == 0:
+            for name in ("checkpoint.pt", "encoder.pt", "log.jsonl", "curve.png", "config.json"):
+                (out / name).unlink(missing_ok=True)
+        if world > 1:
+            dist.barrier()
+        path = out / "checkpoint.pt"
+        yield former_state(path, config) if path.exists() else None
+
+
+def former_state(path: Path, config: dict) -> dict:
+    """The state to go on from; of equal settings, or of fewer epochs: a finished run is extended.
+
+    Raises:
+        UserError: it cannot be read, or has other settings.
+    """
+    state = load_checkpoint(path, "the checkpoint of a run; --restart begins anew")
+    with one_line(f"{path} is no checkpoint of a run; --restart begins anew"):
+        former = state["config"]
+        free = MACHINE | {"epochs"} if config["epochs"] >= former["epochs"] else MACHINE
+    different = [key for key in config if key not in free and config[key] != former.get(key)]
+    if different:
+        values = [f"{key} {former.get(key)} there, {config[key]} here" for key in different]
+        raise data.UserError(f"{path} differs: {'; '.join(values)} (--restart replaces it)")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------
+# Large batches, in chunks: one batch, in the memory of a part of it
+# ---------------------------------------------------------------------------------------------
+
+
+def encode(encoder: ResNet, views: Tensor, chunk_size: int | None) -> Tensor:
+    """The representations of a batch, (2N, E), in the memory of one chunk (1604.06174; 2101.06983).
+
+    The loss sees the encoder through h alone, and h is small. So `recomputed` encodes each chunk
+    without keeping its activations; the loss is that of the whole batch, all its negatives
+    included; and on the way back each chunk is encoded once more, with activations, to carry its
+    rows of dL/dh to the weights. The gradients are those of the plain step, and the price is one
+    more forward pass.
+
+    Batch norm sees a chunk where it would see the batch, and its running statistics move twice.
+
+    Args:
+        views: (2N, 1, S, S) float.
+        chunk_size: in slices, of two views each; None = all at once.
+    """
+    if chunk_size is None:
+        return encoder(views)
+    # Even chunks: in a small last one batch norm would see next to nothing, and gradients burst.
+    chunks = views.tensor_split(math.ceil(len(views) / (2 * chunk_size)))
+    return torch.cat([recomputed(encoder, chunk, use_reentrant=False) for chunk in chunks])
+
+
+# ---------------------------------------------------------------------------------------------
+# Large batches, on many processes: torchrun starts them, and each takes its share
+# ---------------------------------------------------------------------------------------------
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Which process this is, and of how many; (0, 1) where it is alone."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+def own_share(N: int) -> slice:
+    """Which of a batch's N slices are this process's."""
+    rank, world = rank_and_world()
+    return slice(rank * N // world, (rank + 1) * N // world)
+
+
+def gather(z: Tensor) -> Tensor:
+    """The projections of all processes, (N, D); those of this one keep their graph.
+
+    Every process then computes the loss of the whole batch, and its backward pass gives the exact
+    gradient of that loss with respect to its own projections: as positives, and as negatives of
+    everybody else's. What they find adds up to the gradient (`add_up_gradients`).
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return z
+    parts = [torch.empty_like(z) for _ in range(world)]
+    dist.all_gather(parts, z.detach())
+    parts[rank] = z
+    return torch.cat(parts)
+
+
+def add_up_gradients(networks: nn.Module) -> None:
+    """Give every process the sum of all gradients: each found the part that is due to its z."""
+    if rank_and_world()[1] > 1:
+        for parameter in networks.parameters():
+            dist.all_reduce(parameter.grad)

@@ -1,5 +1,6 @@
-"""simclr.py: the loss against a double loop from the paper, the encoder against torchvision's."""
+"""simclr.py: views and encoder against torchvision, the loss against Eq. 1, the loop's claims."""
 
+import doctest
 import io
 import math
 import socket
@@ -8,11 +9,268 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import data
 import simclr
+
+CPU, ALL = torch.device("cpu"), slice(None)
+CONFIG = {"arch": "resnet18", "image_size": 32, "mean": 0.5, "std": 0.5, "epochs": 3, "lr": 0.1}
+PLACES = {"CROP_AREA": (1, 1), "CROP_RATIO": (1, 1), "ROTATION": (0, 0), "SHIFT": (0, 0)}
+PLACES |= {"SCALE": (1, 1), "SHEAR": (0, 0)}
+GRAYS = {"BRIGHTNESS": (1, 1), "CONTRAST": (1, 1), "BLUR_SIGMA": (0, 0)}
+GRAYS |= {"JITTER_CHANCE": 1, "BLUR_CHANCE": 1}  # of doing nothing
+
+
+@pytest.fixture
+def tv():
+    pytest.importorskip("torchvision.transforms.v2.functional", reason="the oracle: torchvision")
+    return pytest.importorskip("torchvision")
+
+
+@pytest.fixture
+def view(monkeypatch):
+    """One view in [0, 1] that flips, in each call the same slices, and does what is given."""
+
+    def make(images: Tensor, **ranges: object) -> Tensor:
+        for name, value in (PLACES | GRAYS | ranges).items():
+            monkeypatch.setattr(simclr, name, value)
+        return simclr.one_view(images, simclr.generator_for(1), ALL, 0.0, 1.0)
+
+    return make
+
+
+def smooth_images(count: int, size: int = 32) -> Tensor:
+    """Random blobs, each unlike the others: (count, 1, size, size) uint8."""
+    coarse = torch.rand(count, 1, 6, 6, generator=simclr.generator_for(count, size))
+    return (255 * F.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1)).byte()
+
+
+def tiny(seed: int = 0) -> nn.ModuleDict:
+    torch.manual_seed(seed)
+    encoder = simclr.ResNet(simclr.BasicBlock, (1, 1, 1, 1), 1)
+    return nn.ModuleDict({"encoder": encoder, "projection_head": simclr.ProjectionHead(512)})
+
+
+def linear() -> nn.ModuleDict:
+    """An encoder without batch norm: slices meet in the loss alone."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(1024, 16), nn.ReLU())
+    return nn.ModuleDict({"encoder": encoder, "projection_head": simclr.ProjectionHead(16)})
+
+
+def step(networks: nn.ModuleDict, images: Tensor, bf16: bool = False, **settings) -> list[Tensor]:
+    """Loss, projections and gradients of one training step."""
+    how = simclr.generator_for(7), simclr.Pretraining(**settings), bf16
+    outputs = simclr.training_step(networks, images, *how)
+    return [*outputs, *(p.grad.clone() for p in networks.parameters())]
+
+
+def train(networks, images, bf16=False, resume=None, progress=iter, **settings) -> list[tuple]:
+    """All (record, state) of a run, by default of two epochs in batches of four."""
+    how = simclr.Pretraining(**{"batch_size": 4, "epochs": 2} | settings), CPU, bf16
+    rows = np.arange(len(images))
+    return list(simclr.pretrain(networks, images[:, 0].numpy(), rows, *how, resume, progress))
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor], share: float) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() <= share * b.norm() + 1e-12
+
+
+def test_examples_in_docstrings_hold_and_settings_are_the_published_ones():
+    assert doctest.testmod(simclr).failed == 0 and doctest.testmod(simclr).attempted == 2
+    assert simclr.Pretraining() == simclr.Pretraining(200, 512, 5e-4, 1e-4, 0.07, None, 0, 0.5, 0.5)
+    assert (
+        simclr.ROTATION == (-15, 15) and simclr.SHEAR == (-5, 5) and simclr.SHIFT == (-0.05, 0.05)
+    )
+    assert simclr.SCALE == (0.95, 1.05) and simclr.CONTRAST == (0.6, 1.4)
+    assert simclr.BLUR_SIGMA == (0.1, 2) and simclr.BLUR_CHANCE == 0.5
+
+
+# --- views -------------------------------------------------------------------------------------
+
+
+def test_flips_are_left_right_and_half_of_the_views(view):
+    images = smooth_images(400, 16) / 255
+    changed = (view(images) - images).abs().amax((1, 2, 3)) > 1e-5
+    assert 150 < changed.sum() < 250
+    assert torch.allclose(view(images)[changed], images[changed].flip(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "operation", "arguments"),
+    [
+        ("ROTATION", -30, "rotate", (-30.0, "bilinear")),
+        ("ROTATION", 7, "rotate", (7.0, "bilinear")),
+        ("SHIFT", 1 / 16, "affine", (0.0, [4, 4], 1.0, [0.0], "bilinear")),
+        ("SCALE", 1.1, "affine", (0.0, [0, 0], 1.1, [0.0], "bilinear")),
+        ("SHEAR", 6, "affine", (0.0, [0, 0], 1.0, [6.0, 0.0], "bilinear")),
+        ("BRIGHTNESS", 1.4, "adjust_brightness", (1.4,)),
+        ("CONTRAST", 0.6, "adjust_contrast", (0.6,)),
+        ("BLUR_SIGMA", 1.3, "gaussian_blur", (7, [1.3])),
+    ],
+)
+def test_each_operation_matches_torchvision(view, tv, name, value, operation, arguments):
+    """But for the rim of a blur, where our window is cut and torchvision's reflects."""
+    images = smooth_images(4, 64) / 255
+    theirs = [getattr(tv.transforms.v2.functional, operation)(x, *arguments) for x in view(images)]
+    inside = slice(3, -3) if name == "BLUR_SIGMA" else slice(None)
+    difference = view(images, **{name: (value, value)}) - torch.stack(theirs)
+    assert difference[..., inside, inside].abs().max() < 1e-4
+
+
+def test_one_resampling_does_crop_rotation_and_affine_in_order(view, tv):
+    """Nearly: one resampling blurs less than three. The other order is another view."""
+    images, f = smooth_images(4, 64) / 255, tv.transforms.v2.functional
+    crop, affine = {"CROP_AREA": (0.6, 0.6)}, (0.0, [6, 6], 1.1, [9.0, 0.0], "bilinear")
+    cropped = view(images, **crop)
+    in_order = f.affine(f.rotate(cropped, 30.0, "bilinear"), *affine)
+    backwards = f.rotate(f.affine(cropped, *affine), 30.0, "bilinear")
+    turned = crop | {"ROTATION": (30, 30), "SHIFT": (6 / 64, 6 / 64), "SCALE": (1.1, 1.1)}
+    ours = view(images, **turned, SHEAR=(9, 9))
+    near, far = ((ours - x).abs()[..., 20:44, 20:44].max() for x in (in_order, backwards))
+    assert near < 0.02 < 0.1 < far
+
+
+def test_crops_are_boxes_inside_the_image_of_the_documented_sizes(view):
+    """A ramp shows which box was cut: its crop is the ramp between the box's sides."""
+    crop = {"CROP_AREA": simclr.CROP_AREA, "CROP_RATIO": simclr.CROP_RATIO}
+    ramp = ((torch.arange(16) + 0.5) / 16).expand(4000, 1, 16, 16)
+    x, y = view(ramp, **crop)[:, 0, 8], view(ramp.mT, **crop)[:, 0, :, 8]  # (4000, 16)
+    width, height = (x[:, 9] - x[:, 6]).abs() * 16 / 3, (y[:, 9] - y[:, 6]) * 16 / 3
+    area, ratio = width * height, width / height
+    assert 0.19 < area.min() < 0.22 and 0.9 < area.max() < 1.001
+    assert (
+        0.749 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.334 and abs(ratio.log().mean()) < 0.01
+    )
+    for middle, side in ((x[:, 7:9].mean(1), width), (y[:, 7:9].mean(1), height)):
+        assert -1e-4 < (middle - side / 2).min() < 0.02
+        assert 0.98 < (middle + side / 2).max() < 1 + 1e-4
+
+
+def test_jitter_and_blur_have_the_documented_chances_and_ranges(view, tv):
+    half, dot = torch.full((2000, 1, 8, 8), 0.5), F.pad(torch.ones(1000, 1, 1, 1), [10] * 4)
+    bright = view(half, JITTER_CHANCE=simclr.JITTER_CHANCE, BRIGHTNESS=simclr.BRIGHTNESS)[
+        :, 0, 4, 4
+    ]
+    assert abs(((bright - 0.5).abs() < 1e-6).float().mean() - 0.2) < 0.03
+    assert 0.3 <= bright.min() < 0.31 and 0.69 < bright.max() <= 0.701
+    untouched = view(dot, BLUR_CHANCE=0.5, BLUR_SIGMA=(1.0, 2.0))[:, 0, 10, 10] == 1
+    assert abs(untouched.float().mean() - 0.5) < 0.06
+    flat, sigma = torch.ones(4, 1, 64, 64), torch.tensor([0, 0.3, 1, 2])
+    assert torch.allclose(simclr.gaussian_blur(flat, sigma), flat, atol=1e-6)  # at the rim, too
+    f, image = tv.transforms.v2.functional, smooth_images(1) / 255  # clipped in between
+    theirs = f.adjust_contrast(f.adjust_brightness(view(image), 1.4), 0.6)
+    assert torch.allclose(
+        view(image, BRIGHTNESS=(1.4, 1.4), CONTRAST=(0.6, 0.6)), theirs, atol=1e-5
+    )
+
+
+def test_views_are_two_normalised_and_unlike_for_every_slice(monkeypatch):
+    same, key = smooth_images(1).expand(12, -1, -1, -1), (0, 1, 2)
+    views = torch.stack(simclr.random_views(same, simclr.generator_for(*key)))
+    assert views.shape == (2, 12, 1, 32, 32) and views.dtype == torch.float32
+    assert -1 <= views.min() < -0.9 and 0.5 < views.max() <= 1
+    again = torch.stack(simclr.random_views(same / 255, simclr.generator_for(*key), ALL, 0.2, 0.1))
+    assert torch.allclose(again * 0.1 + 0.2, views * 0.5 + 0.5, atol=1e-5)
+    part = torch.stack(simclr.random_views(same, simclr.generator_for(*key), slice(2, 5)))
+    assert torch.allclose(part, views[:, 2:5], atol=1e-6)  # whatever share a process has
+    for off in (
+        GRAYS,
+        PLACES | {"JITTER_CHANCE": 1},
+    ):  # places alone, then gray values alone, differ
+        with monkeypatch.context() as patch:
+            for name, value in off.items():
+                patch.setattr(simclr, name, value)
+            views = torch.cat(simclr.random_views(same, simclr.generator_for(*key))).flatten(1)
+        assert (torch.cdist(views, views) + 100 * torch.eye(24)).min() > 0.05
+    for bad in (same[..., :16], same[:, 0], same.expand(-1, 3, -1, -1)):
+        with pytest.raises(ValueError, match="expected"):
+            simclr.random_views(bad, simclr.generator_for(0))
+
+
+# --- the encoder and the projection head -------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_resnet_matches_torchvision_with_the_same_weights(tv, arch):
+    """Values, gradients and running statistics, in float64, from a strictly loaded state dict."""
+    theirs = getattr(tv.models, arch)().double()
+    theirs.fc = nn.Identity()
+    ours = simclr.ARCHITECTURES[arch](in_channels=3).double()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    for training in (True, False):
+        for network in (ours, theirs):
+            network.zero_grad()
+            network.train(training)(x).square().sum().backward()
+        assert torch.allclose(ours(x), theirs(x), atol=1e-10)
+        grads = [{k: p.grad for k, p in n.named_parameters()} for n in (ours, theirs)]
+        assert_close([grads[0][name] for name in grads[1]], list(grads[1].values()), 1e-9)
+    for name, value in theirs.state_dict().items():
+        assert torch.allclose(ours.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_gray_images_feel_no_difference_between_torchvisions_weights_and_ours(tv, arch, tmp_path):
+    """There, a file of theirs with its `fc` and its three colours; and back, conv1 / 3 thrice."""
+    theirs, gray = getattr(tv.models, arch)().eval(), torch.randn(2, 1, 64, 64)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    theirs.fc = nn.Identity()
+    ours, *scaling = simclr.init_encoder(arch, str(tmp_path / "theirs.pth"))
+    assert_close([ours.eval()(gray)], [theirs(gray.expand(-1, 3, -1, -1))], 1e-4)
+    colours = np.mean([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)], axis=1)
+    assert scaling == pytest.approx(colours, abs=1e-3)
+    weights = simclr.ARCHITECTURES[arch]().state_dict()
+    ours.load_state_dict(weights)
+    weights["conv1.weight"] = weights["conv1.weight"].repeat(1, 3, 1, 1) / 3
+    theirs.load_state_dict(weights)
+    assert_close([ours(gray)], [theirs(gray.expand(-1, 3, -1, -1))], 1e-4)
+    other = {"resnet18": "resnet50", "resnet50": "resnet18"}[arch]
+    with pytest.raises(data.UserError, match=f"no weights of a {other}"):
+        simclr.init_encoder(other, str(tmp_path / "theirs.pth"))
+
+
+def test_imagenet_weights_come_from_where_torchvision_keeps_them(tv, tmp_path, monkeypatch):
+    """Its download is its own: a stand-in lies where it would leave the file."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = tmp_path / "hub/checkpoints" / tv.models.ResNet18_Weights.DEFAULT.url.split("/")[-1]
+    place.parent.mkdir(parents=True)
+    torch.save(tv.models.resnet18().state_dict(), place)
+    encoder, _, _ = simclr.init_encoder("resnet18", "imagenet")
+    assert torch.equal(encoder.conv1.weight, torch.load(place)["conv1.weight"].sum(1, keepdim=True))
+    assert simclr.init_encoder("resnet18", "random")[1:] == (0.5, 0.5)
+
+
+def test_encoders_have_the_published_sizes_first_weights_and_strides():
+    for make, E, count in ((simclr.resnet18, 512, 11_170_240), (simclr.resnet50, 2048, 23_501_760)):
+        encoder = make()
+        assert encoder.feature_dim == E and encoder.conv1.weight.shape == (64, 1, 7, 7)
+        assert sum(p.numel() for p in encoder.parameters()) == count
+        for conv in (m for m in encoder.modules() if isinstance(m, nn.Conv2d)):
+            he = (2 / (conv.out_channels * conv.kernel_size[0] ** 2)) ** 0.5  # 1502.01852
+            assert conv.weight.std().item() == pytest.approx(he, rel=0.1)
+        x = torch.zeros(2, 64, 16, 16)  # what the stem leaves of 64 pixels
+        for name, stride in simclr.STRIDES.items():
+            x = getattr(encoder, name)(x)
+            assert x.shape[-1] == 64 // stride
+
+
+def test_projection_head_is_two_layers_with_a_relu_between():
+    head, h = simclr.ProjectionHead(6, hidden_dim=5, out_dim=3), torch.randn(4, 6)
+    hidden = (h @ head[0].weight.T + head[0].bias).clamp(min=0)
+    assert_close([head(h)], [hidden @ head[2].weight.T + head[2].bias], 1e-6)
+    assert [len(p) for p in simclr.ProjectionHead(64).parameters()] == [512, 512, 128, 128]
+
+
+# --- the loss ----------------------------------------------------------------------------------
 
 
 def slow_nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
@@ -25,493 +283,354 @@ def slow_nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
         others = sum(torch.exp(s[i][k] / temperature) for k in range(M) if k != i)
         return -torch.log(torch.exp(s[i][j] / temperature) / others)
 
-    N = M // 2
-    return sum(loss(2 * k, 2 * k + 1) + loss(2 * k + 1, 2 * k) for k in range(N)) / (2 * N)
+    return sum(loss(k, k + 1) + loss(k + 1, k) for k in range(0, M, 2)) / M
 
 
-def random_projections(N: int = 5, D: int = 7) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    z = torch.randn(2, N, D, generator=generator, dtype=torch.float64)
+def projections(N: int = 5, D: int = 7) -> tuple[Tensor, Tensor]:
+    z = torch.randn(2, N, D, generator=simclr.generator_for(3), dtype=torch.float64)
     return z[0].requires_grad_(), (0.6 * z[0] + z[1]).detach().requires_grad_()
-
-
-# --- the loss ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5, 2.0])
 def test_nt_xent_matches_double_loop_from_eq_1(temperature):
     """A random fixture: the closed forms alone miss a shifted positive, among other bugs."""
-    z_a, z_b = random_projections()
-    ours = simclr.nt_xent(z_a, z_b, temperature)
-    slow = slow_nt_xent(z_a, z_b, temperature)
+    z = projections()
+    ours, slow = simclr.nt_xent(*z, temperature), slow_nt_xent(*z, temperature)
     assert abs(ours.item() - slow.item()) < 1e-10
-    gradients = torch.autograd.grad(ours, (z_a, z_b))
-    for g, h in zip(gradients, torch.autograd.grad(slow, (z_a, z_b)), strict=True):
+    for g, h in zip(torch.autograd.grad(ours, z), torch.autograd.grad(slow, z), strict=True):
         assert torch.allclose(g, h, atol=1e-10, rtol=0)
 
 
-def test_nt_xent_of_collapsed_projections_is_log_2n_minus_1():
-    z = torch.ones(4, 8, dtype=torch.float64)
-    assert simclr.nt_xent(z, z, 0.5).item() == pytest.approx(1.945910, abs=1e-6)
-    assert simclr.nt_xent(z, z, 0.07).item() == pytest.approx(math.log(7), abs=1e-12)
-
-
-def test_nt_xent_of_orthogonal_pairs_has_its_closed_form():
-    z = torch.eye(4, dtype=torch.float64)
-    assert simclr.nt_xent(z, z, 0.5).item() == pytest.approx(0.594438, abs=1e-6)
-
-
-def test_nt_xent_ignores_projection_scale():
-    z_a, z_b = random_projections()
-    scaled = simclr.nt_xent(z_a * 100, z_b * 0.01, 0.1)
-    assert torch.allclose(simclr.nt_xent(z_a, z_b, 0.1), scaled, atol=1e-10)
-
-
-def test_nt_xent_stays_float32_under_bf16_autocast():
-    """Inside autocast even a product of float32 matrices is bf16, which is good to 1 % only."""
-    z_a, z_b = (z.detach().float() for z in random_projections(64, 32))
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = simclr.nt_xent(z_a, z_b, 0.07)
-    assert inside.dtype == torch.float32
-    assert inside.item() == pytest.approx(simclr.nt_xent(z_a, z_b, 0.07).item(), abs=1e-6)
-
-
-def test_nt_xent_rejects_views_of_different_shape():
-    z = torch.ones(4, 8)
-    for bad in ((z, z[:3], 0.5), (z[:, 0], z[:, 0], 0.5), (z, z, 0.0), (z[:1], z[:1], 0.5)):
-        with pytest.raises(ValueError, match="expected two"):
+def test_nt_xent_has_its_closed_forms_and_ignores_scale():
+    one, eye, (z_a, z_b) = torch.ones(4, 8).double(), torch.eye(4).double(), projections()
+    assert simclr.nt_xent(one, one, 0.07).item() == pytest.approx(math.log(7), abs=1e-12)
+    assert simclr.nt_xent(eye, eye, 0.5).item() == pytest.approx(0.594438, abs=1e-6)
+    assert torch.allclose(simclr.nt_xent(z_a, z_b), simclr.nt_xent(100 * z_a, 0.01 * z_b))
+    for bad in ((z_a, z_b[:3]), (z_a[:, 0], z_b[:, 0]), (z_a, z_b, 0.0), (z_a[:1], z_b[:1])):
+        with pytest.raises(ValueError, match="got views"):
             simclr.nt_xent(*bad)
 
 
-def test_contrastive_statistics_know_perfect_chance_and_collapse():
-    z = torch.eye(8)
-    accuracy, std = simclr.contrastive_statistics(z, z)
-    assert accuracy == 1 and std > 0.3
-    accuracy, _ = simclr.contrastive_statistics(z, z.roll(1, 0))  # all positives are strangers
-    assert accuracy == 0
-    assert simclr.contrastive_statistics(torch.ones(8, 3), torch.ones(8, 3))[1] == 0
+def test_nt_xent_is_float32_under_bf16_autocast_and_of_bf16_projections():
+    """Inside autocast even a product of float32 matrices is bf16, which is good to 1 % only."""
+    z_a, z_b = (z.detach().bfloat16() for z in projections(64, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = simclr.nt_xent(z_a, z_b), simclr.nt_xent(z_a.float(), z_b.float())
+    for loss in losses:
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(simclr.nt_xent(z_a.double(), z_b.double()).item(), 1e-5)
 
 
-# --- the encoder -------------------------------------------------------------------------------
+def test_contrastive_statistics_know_perfect_half_none_and_collapse():
+    z, one = torch.eye(8), torch.ones(8, 3)
+    near = F.normalize(z + 0.5 * z.roll(1, 0), dim=1)  # nearest to itself, then to its positive
+    accuracy, std = simclr.contrastive_statistics(z, 3 * near)
+    assert accuracy == 1 and torch.isclose(std, torch.cat([z, near]).std(dim=0).mean())
+    assert simclr.contrastive_statistics(z, torch.cat([z[:4], z[4:].roll(1, 0)]))[0] == 0.5
+    assert simclr.contrastive_statistics(z, z.roll(1, 0))[0] == 0  # all positives are strangers
+    assert simclr.contrastive_statistics(one, one)[1] == 0
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_resnet_matches_torchvision_with_the_same_weights(arch):
-    """Values, gradients and running statistics, in float64, from a strictly loaded state dict."""
-    reason = "torchvision is the oracle here, and it does not import"
-    models = pytest.importorskip("torchvision.models", reason=reason)
-    torch.manual_seed(0)
-    theirs = getattr(models, arch)().double()
-    theirs.fc = torch.nn.Identity()
-    ours = simclr.ARCHITECTURES[arch](in_channels=3).double()
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    for training in (True, False):
-        ours.train(training)
-        theirs.train(training)
-        a, b = ours(x), theirs(x)
-        assert torch.allclose(a, b, atol=1e-10)
-        ours.zero_grad()
-        theirs.zero_grad()
-        a.square().sum().backward()
-        b.square().sum().backward()
-        reference = dict(theirs.named_parameters())
-        for name, parameter in ours.named_parameters():
-            scale = reference[name].grad.abs().max()
-            assert torch.allclose(parameter.grad, reference[name].grad, atol=1e-9 * scale), name
-    for name, value in theirs.state_dict().items():
-        assert torch.allclose(ours.state_dict()[name], value), name
+# --- the step and the loop ---------------------------------------------------------------------
 
 
-def test_torchvision_takes_our_weights_and_gives_the_same_features_on_gray_pictures():
-    """The way back: conv1 repeated over three channels and divided by three, all else as it is."""
-    reason = "torchvision is the oracle here, and it does not import"
-    models = pytest.importorskip("torchvision.models", reason=reason)
-    ours, theirs = simclr.resnet18().double().eval(), models.resnet18().double().eval()
-    theirs.fc = torch.nn.Identity()
-    weights = ours.state_dict()
-    weights["conv1.weight"] = weights["conv1.weight"].repeat(1, 3, 1, 1) / 3
-    theirs.load_state_dict(weights)
-    gray = torch.randn(2, 1, 64, 64, dtype=torch.float64)
-    assert torch.allclose(ours(gray), theirs(gray.repeat(1, 3, 1, 1)), atol=1e-10)
+def test_training_step_contrasts_two_views_of_each_slice_at_its_temperature():
+    """By hand: one pass over both views, the loss of Eq. 1, its gradients."""
+    images, networks, scaling = smooth_images(4), tiny(), {"mean": 0.4, "std": 0.2}
+    ours = step(networks, images, temperature=0.3, **scaling)
+    networks.zero_grad()
+    views = torch.cat(simclr.random_views(images, simclr.generator_for(7), **scaling))
+    z = networks["projection_head"](networks["encoder"](views))
+    slow = slow_nt_xent(z[:4], z[4:], 0.3)
+    slow.backward()
+    assert not ours[0].requires_grad and not ours[1].requires_grad
+    assert_close(ours, [slow, z[:4], z[4:], *(p.grad for p in networks.parameters())], 1e-4)
 
 
-def test_encoders_have_the_published_sizes():
-    for make, E, count in ((simclr.resnet18, 512, 11_170_240), (simclr.resnet50, 2048, 23_501_760)):
-        encoder = make()
-        assert encoder.feature_dim == E
-        assert encoder.conv1.weight.shape == (64, 1, 7, 7)
-        assert sum(p.numel() for p in encoder.parameters()) == count
-    z = simclr.ProjectionHead(512)(torch.zeros(3, 512))
-    assert z.shape == (3, 128)
-    hidden = simclr.ProjectionHead(512)[0]
-    assert (hidden.in_features, hidden.out_features) == (512, 512)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_networks_run_in_bf16_where_it_is_asked_for_and_the_loss_never(bf16):
+    networks, seen = tiny(), []
+    parts = networks["encoder"].conv1, networks["encoder"].layer4[0], networks["projection_head"]
+    for part in parts:
+        part.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    assert step(networks, smooth_images(4), bf16)[0].dtype == torch.float32
+    train(networks, smooth_images(4), bf16, epochs=1)
+    assert seen == [torch.bfloat16 if bf16 else torch.float32] * 6
+    weight, layout = networks["encoder"].layer4[0].conv1.weight, simclr.memory_format(CPU, bf16)
+    assert weight.dtype == torch.float32 and weight.is_contiguous(memory_format=layout)
 
 
-# --- optimisation and the loop -----------------------------------------------------------------
+@pytest.fixture
+def steps(monkeypatch):
+    """A step that computes nothing: zero gradients, losses 1, 2, 3...; notes what it was given."""
+    noted = []
+
+    def fake(networks, images, generator, settings, bf16):
+        for p in networks.parameters():
+            p.grad = torch.zeros_like(p)
+        noted.append((images, generator))
+        return torch.tensor(float(len(noted))), torch.eye(4), torch.eye(4)
+
+    monkeypatch.setattr(simclr, "training_step", fake)
+    return noted
 
 
-def test_cosine_lr_matches_torch_scheduler():
-    """An oracle for the schedule: torch's own, stepped once a step."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-4)
-    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30, 5e-4 / 50)
-    for step in range(30):
-        ours = simclr.cosine_lr(step, 30, 5e-4, 5e-4 / 50)
-        assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
-        optimizer.step()
-        theirs.step()
+def test_each_epoch_takes_every_slice_once_in_an_order_of_its_own(steps):
+    images = torch.arange(14, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 32, 32)
+    train(linear(), images, epochs=3)  # three steps of four, two slices wait
+    assert all(batch.shape == (4, 1, 32, 32) and batch.dtype == torch.uint8 for batch, _ in steps)
+    order = torch.stack([batch[:, 0, 0, 0] for batch, _ in steps]).view(3, 12).tolist()
+    assert all(len(set(epoch)) == 12 for epoch in order) and order[0] != sorted(order[0])
+    assert order[0] != order[1] != order[2] != order[0]
 
 
-def test_weight_decay_spares_biases_and_norms():
-    optimizer = simclr.adamw(simclr.resnet18(), weight_decay=0.1)
-    decayed, spared = optimizer.param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-    assert all(p.ndim == 4 for p in decayed["params"])
-    assert all(p.ndim == 1 for p in spared["params"])
-    assert len(decayed["params"]) == 20 and len(spared["params"]) == 40
+def test_no_two_steps_draw_the_same_views_and_the_seed_moves_them(steps):
+    keys = np.ndindex(3, 3, 3)
+    assert len({simclr.seed_from(*key) for key in keys} | {simclr.seed_from(2**40, 0, 0)}) == 28
+    images = smooth_images(1).expand(8, -1, -1, -1)
+    for seed in (0, 1, 0):
+        train(linear(), images, seed=seed)  # two epochs of two steps
+    views = torch.stack([simclr.random_views(x, g)[0].flatten() for x, g in steps])
+    assert (torch.cdist(views[:8], views[:8]) + 100 * torch.eye(8)).min() > 1
+    assert torch.equal(views[:4], views[8:])
 
 
-CPU = torch.device("cpu")
+def test_learning_rate_rises_then_falls_to_a_fiftieth(steps, monkeypatch):
+    """Half a cosine over the run; the first 5 % of the steps are on a line to it, from 0."""
+    cosine = [(1 + math.cos(math.pi * now / 100)) / 2 for now in range(100)]
+    expected = [(1e-5 + 49e-5 * cosine[now]) * min(1, (now + 1) / 5) for now in range(100)]
+    rates, set_lr = [], simclr.set_lr
+    monkeypatch.setattr(simclr, "set_lr", lambda o, lr: (set_lr(o, lr), rates.append(lr)))
+    run = train(linear(), smooth_images(20), epochs=20)
+    assert rates == pytest.approx(expected) and rates[-1] == pytest.approx(1e-5, rel=0.02)
+    assert [record["lr"] for record, _ in run] == rates[4::5]
+    assert [g["lr"] for g in run[-1][1]["optimizer"]["param_groups"]] == [rates[-1]] * 2
 
 
-def drawn(count: int) -> np.ndarray:
-    """Phantoms of as many patients, (count, 32, 32) uint8."""
-    paths = data.phantom_paths()[:: 3 * 11][:count]
-    return np.stack([data.fit_square(data.draw_phantom(path)[0], 32) for path in paths])
+def test_weight_decay_shrinks_matrices_and_spares_biases_and_norms(steps):
+    """The gradients are 0 here, so that decay alone moves a weight."""
+    networks = tiny()
+    before = {name: p.detach().clone() for name, p in networks.named_parameters()}
+    train(networks, smooth_images(4), epochs=1, lr=0.1, weight_decay=0.5)
+    for name, p in networks.named_parameters():
+        assert torch.allclose(p, before[name] * (0.95 if p.ndim > 1 else 1)), name
 
 
-def start(images: np.ndarray, **settings: object) -> simclr.Run:
-    """A run that has not begun; as many slices a batch as there are images, unless it is said."""
-    settings = simclr.Pretraining(**{"batch_size": len(images), "epochs": 2} | settings)
-    torch.manual_seed(settings.seed)
-    return simclr.pretraining(simclr.resnet18(), settings, len(images), CPU, bf16=False)
+def test_a_record_holds_the_means_of_its_epoch(steps):
+    ranges = []
+    run = train(linear(), smooth_images(9), progress=lambda r: ranges.append(r) or r)
+    assert ranges == [range(2)] * 2
+    for epoch, (record, _) in enumerate(run, start=1):
+        assert record["images_per_second"] * record.pop("seconds") == pytest.approx(8)
+        _, std = simclr.contrastive_statistics(torch.eye(4), torch.eye(4))
+        means = {"loss": 2 * epoch - 0.5, "contrastive_accuracy": 1, "embedding_std": std.item()}
+        assert record.items() >= (means | {"epoch": epoch}).items()
 
 
-def finish(run: simclr.Run, images: np.ndarray) -> list[dict]:
-    """Train it to its end."""
-    for _ in simclr.pretrain(run, images, np.arange(len(images))):
-        pass
-    return run.records
-
-
-def tiny_run(seed: int = 0, noise: int = 0) -> simclr.Run:
-    """A few steps on 16 phantoms; somebody else draws `noise` numbers at each."""
-    images = drawn(16)
-    run = start(images, batch_size=8, seed=seed)
-    for _ in simclr.pretrain(run, images, np.arange(16)):
-        torch.rand(noise)
-    return run
+def test_a_loss_that_is_no_number_stops_before_the_step(monkeypatch):
+    """The tip halves --lr itself: at the end of a run the scheduled rate is 50 times less."""
+    networks, first = linear(), linear()
+    monkeypatch.setattr(simclr, "nt_xent", lambda z_a, *_: z_a.square().sum() * math.inf)
+    with pytest.raises(data.UserError, match=r"in epoch 1; .*--lr 0.0002$"):
+        train(networks, smooth_images(4), lr=4e-4, epochs=200)
+    assert same_weights(networks, first)
 
 
 def test_pretraining_lowers_loss_on_a_tiny_batch():
-    """Sixteen gratings, told apart by angle and pitch, are learnt in 20 steps."""
-    y, x = np.mgrid[:32, :32]
-    angles, pitches = np.linspace(0, np.pi, 16, endpoint=False), np.tile([0.3, 0.6, 1.2, 2.2], 4)
-    waves = [
-        np.sin((x * np.cos(a) + y * np.sin(a)) * p) for a, p in zip(angles, pitches, strict=True)
-    ]
-    images = (127 + 100 * np.stack(waves)).astype(np.uint8)
-    records = finish(start(images, epochs=20, lr=1e-3, temperature=0.2), images)
-    losses = [record["loss"] for record in records]
-    assert abs(losses[0] - math.log(31)) < 0.3  # before learning: one of the 31 other views
-    assert sum(losses[-5:]) / 5 < losses[0] - 0.5
-    assert [record["epoch"] for record in records] == list(range(1, 21))
+    """Sixteen gratings are distinguished in 20 steps; before, a view is one of 31 others."""
+    pixel, pitch = torch.arange(32)[:, None], torch.tensor([0.3, 0.6, 1.2, 2.2]).repeat(4)
+    angle = torch.linspace(0, 3, 16)[:, None, None]
+    waves = (pitch[:, None, None] * (pixel * angle.sin() + pixel.T * angle.cos())).sin()
+    images = (127 + 100 * waves).byte()[:, None]
+    run = train(tiny(), images, epochs=20, batch_size=16, lr=1e-3, temperature=0.2)
+    losses = [record["loss"] for record, _ in run]
+    assert abs(losses[0] - math.log(31)) < 0.5 and sum(losses[-5:]) / 5 < losses[0] - 0.5
 
 
-def test_pretraining_repeats_to_the_bit_and_listens_to_the_seed():
-    # a step draws from its own generator, whatever others draw
-    runs = tiny_run(), tiny_run(noise=5), tiny_run(seed=1)
-    first, again, other = (run.networks["encoder"].conv1.weight for run in runs)
-    assert torch.equal(first, again) and not torch.equal(first, other)
+def test_pretraining_repeats_to_the_bit_whatever_others_do_and_listens_to_the_seed(tmp_path):
+    """Others draw numbers, leave the networks in eval mode, and map more images into memory."""
+    images, rows = smooth_images(13), np.random.default_rng(0).permutation(40)[:13]
+    spread = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.uint8, (40, 32, 32))
+    spread[rows] = images[:, 0]
+    plain, again, other = tiny(), tiny(), tiny()
+    train(plain, images)
+    train(other, images, seed=1)
+    for _ in simclr.pretrain(again, spread, rows, simclr.Pretraining(2, 4), CPU, bf16=False):
+        torch.rand(5)
+        again.eval()
+    assert same_weights(plain, again) and not same_weights(plain, other)
 
 
-def test_encoder_checkpoint_survives_the_round_trip_and_names_what_is_wrong(tmp_path):
-    encoder = simclr.resnet18()
-    path = tmp_path / "encoder.pt"
-    simclr.save(simclr.encoder_checkpoint(encoder, CONFIG, 3, torch.zeros(0, 16).byte()), path)
-    loaded, checkpoint = simclr.load_encoder(path)
-    assert checkpoint["epoch"] == 3
-    assert torch.equal(loaded.layer4[1].conv2.weight, encoder.layer4[1].conv2.weight)
-    with pytest.raises(data.UserError, match="main.py pretrain"):
-        simclr.load_encoder(tmp_path / "missing.pt")
-    path.write_bytes(b"no checkpoint")
-    with pytest.raises(data.UserError, match="cannot be used as an encoder"):
-        simclr.load_encoder(path)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_run_resumed_from_its_state_ends_as_if_it_had_never_stopped(bf16):
+    """To the bit, by way of a file. The state itself costs nothing: it refers to the weights."""
+    images, networks, run = smooth_images(9), tiny(), []
+    how = simclr.Pretraining(3, 4), CPU, bf16
+    for record, state in simclr.pretrain(networks, images[:, 0].numpy(), np.arange(9), *how):
+        weight = state["weights"]["encoder.conv1.weight"]
+        assert weight.data_ptr() == networks["encoder"].conv1.weight.data_ptr()
+        file = io.BytesIO()
+        torch.save(state, file)
+        run.append(({k: v for k, v in record.items() if "second" not in k}, file))
+    for record, file in run:
+        state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        other = tiny(seed=1)
+        later = [r for r, _ in train(other, images, bf16, epochs=3, resume=state)]
+        for again, (first, _) in zip(later, run[record["epoch"] :], strict=True):
+            assert again.items() >= first.items()
+        assert not later or same_weights(networks, other)
+    longer = train(other, images, bf16, epochs=4, resume=state)  # a finished run is extended
+    assert [r["epoch"] for r, _ in longer] == [4]
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_torchvisions_weights_begin_a_run_and_gray_pictures_feel_no_difference(arch, tmp_path):
-    """A file of theirs, with its `fc` and its three colours: --init takes it as it is."""
-    reason = "torchvision is the oracle here, and it does not import"
-    models = pytest.importorskip("torchvision.models", reason=reason)
-    torch.manual_seed(0)
-    theirs = getattr(models, arch)().eval()
-    path = tmp_path / "theirs.pth"
-    torch.save(theirs.state_dict(), path)
-    ours, *scaling = simclr.init_encoder(arch, str(path))
-    theirs.fc = torch.nn.Identity()
-    gray = torch.randn(2, 1, 64, 64)
-    expected = theirs(gray.expand(-1, 3, -1, -1))
-    assert torch.allclose(ours.eval()(gray), expected, atol=1e-4 * expected.abs().max().item())
-    # the mean over torchvision's three, as gray pictures have no colour
-    mean, std = (np.mean(x) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    assert scaling == pytest.approx([mean, std], abs=1e-3)
+# --- checkpoints -------------------------------------------------------------------------------
 
 
-def test_imagenet_weights_come_from_where_torchvision_keeps_them(tmp_path, monkeypatch):
-    """Its download is its own: a stand-in lies where it would leave the file."""
-    reason = "torchvision fetches these weights, and it does not import"
-    models = pytest.importorskip("torchvision.models", reason=reason)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    place = tmp_path / "hub/checkpoints" / models.ResNet18_Weights.DEFAULT.url.split("/")[-1]
-    place.parent.mkdir(parents=True)
-    torch.save(models.resnet18().state_dict(), place)
-    encoder, _, _ = simclr.init_encoder("resnet18", "imagenet")
-    expected = torch.load(place)["conv1.weight"].sum(dim=1, keepdim=True)
-    assert torch.equal(encoder.conv1.weight, expected)
+def test_encoder_checkpoint_survives_the_round_trip_and_strangers_are_refused(tmp_path):
+    encoder = simclr.resnet18().to(memory_format=torch.channels_last)
+    path, seen = tmp_path / "encoder.pt", torch.zeros(2, 16).byte()
+    checkpoint = simclr.encoder_checkpoint(encoder, CONFIG, 3, seen)
+    described = {"arch": "resnet18", "feature_dim": 512, "image_size": 32, "mean": 0.5, "std": 0.5}
+    simclr.save(checkpoint, path)
+    loaded, again = simclr.load_encoder(path)
+    assert same_weights(loaded, encoder) and torch.equal(again.pop("seen"), seen)
+    assert all(value.is_contiguous() for value in again.pop("encoder").values())
+    assert again == described | {"epoch": 3, "config": CONFIG}
+    part = {k: v for k, v in checkpoint["encoder"].items() if k != "layer4.1.bn2.bias"}
+    changes = [{"encoder": part}, {"encoder": None}, {"arch": "resnet50"}, {"arch": "vit"}]
+    for change in changes + [{"image_size": size} for size in ("32", 31, 1025)]:
+        simclr.save(checkpoint | change, path)
+        with pytest.raises(data.UserError, match=r"is no encoder.pt.*\)$"):  # . is no line break
+            simclr.load_encoder(path)
 
 
-def test_first_weights_that_do_not_fit_are_refused(tmp_path):
-    """One of our own encoders has seen pictures, which would be forgotten: --encoder takes it."""
-    path = tmp_path / "a.pth"
-    torch.save({"encoder": simclr.resnet18().state_dict(), "arch": "resnet18"}, path)
-    with pytest.raises(data.UserError, match="take as --encoder"):
-        simclr.init_encoder("resnet18", str(path))
-    torch.save(simclr.resnet18(in_channels=3).state_dict(), path)
-    with pytest.raises(data.UserError, match="no weights of a resnet50"):
-        simclr.init_encoder("resnet50", str(path))
-    with pytest.raises(data.UserError, match="nowhere"):
-        simclr.init_encoder("resnet18", "nowhere.pth")
+class Harm:
+    """Pickled, it creates a file when somebody unpickles it."""
+
+    def __reduce__(self) -> tuple:
+        return Path("harmed").touch, ()
 
 
-CONFIG = {"arch": "resnet18", "image_size": 32, "mean": 0.5, "std": 0.5}
+def test_no_checkpoint_is_one_line_and_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"config": CONFIG, "arch": Harm()}, "harm.pt")
+    Path("half.pt").write_bytes(Path("harm.pt").read_bytes()[:300])
+    Path("text.pt").write_text("no checkpoint")
+    for name in ("harm.pt", "half.pt", "text.pt", "missing.pt"):
+        with pytest.raises(data.UserError, match=rf"^{name} .*main.py pretrain.*\)$"):
+            simclr.load_encoder(Path(name))
+        with pytest.raises(data.UserError, match=rf"{name} has no weights of a resnet18.*\)$"):
+            simclr.init_encoder("resnet18", name)
+    assert not Path("harmed").exists()
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
-    """The loss of the last step is checked before the weights that it makes."""
-    run = start(drawn(2))
-    with torch.no_grad():
-        run.networks["encoder"].conv1.weight[0, 0, 0, 0] = torch.nan
-    with pytest.raises(data.UserError, match="no finite numbers after step 0 of epoch 1"):
-        simclr.save_run(run, tmp_path, CONFIG, torch.zeros(0, 16))
-    assert not list(tmp_path.iterdir())
+def test_a_full_disk_is_an_oserror(monkeypatch):
+    """torch.save makes a RuntimeError of it, which nobody catches."""
+    monkeypatch.setattr(data, "write_atomically", lambda _: open("/dev/full", "wb", buffering=0))
+    with pytest.raises(OSError, match="No space left"):
+        simclr.save({"a": torch.zeros(10**6)}, Path("a.pt"))
 
 
-# --- chunks ------------------------------------------------------------------------------------
+def test_a_run_goes_on_with_equal_settings_or_more_epochs_alone(tmp_path):
+    def opened(**change: object) -> dict | None:
+        with simclr.open_run(tmp_path, CONFIG | change, restart=False) as state:
+            return state
+
+    assert opened() is None
+    simclr.save({"epoch": 2, "config": CONFIG | {"threads": 1}}, tmp_path / "checkpoint.pt")
+    for change in ({}, {"threads": 9, "commit": "b"}, {"epochs": 5}):
+        assert opened(**change)["epoch"] == 2
+    with pytest.raises(data.UserError, match="epochs 3 there, 2 here; lr 0.1 there, 9 here"):
+        opened(epochs=2, lr=9)
+    simclr.save({"weights": {}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(data.UserError, match="no checkpoint of a run; --restart begins anew"):
+        opened()
 
 
-def small_networks() -> torch.nn.ModuleDict:
-    torch.manual_seed(0)
-    networks = {"encoder": simclr.resnet18(), "projection_head": simclr.ProjectionHead(512)}
-    return torch.nn.ModuleDict(networks).double()
+def test_restart_deletes_what_the_run_wrote_and_nothing_else(tmp_path):
+    written = "checkpoint.pt encoder.pt log.jsonl curve.png config.json"
+    for name in (*written.split(), "mine.txt"):
+        (tmp_path / name).touch()
+    with simclr.open_run(tmp_path, CONFIG, restart=True) as state:
+        assert state is None and [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+        with pytest.raises(data.UserError):
+            simclr.open_run(tmp_path, CONFIG, restart=True).__enter__()
 
 
-def gradients(networks: torch.nn.Module) -> list[torch.Tensor]:
-    return [p.grad for p in networks.parameters()]
+# --- large batches -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 6])
 def test_chunks_add_up_to_the_gradients_of_the_plain_step(chunk):
-    """In eval mode batch norm does not mix pictures, so the two must be one and the same."""
-    view_a, view_b = torch.randn(2, 6, 1, 32, 32, dtype=torch.float64)
-    settings = simclr.Pretraining(chunk_size=chunk, temperature=0.2)
-    plain, chunked = small_networks().eval(), small_networks().eval()
-    views = torch.cat([view_a, view_b])
-    z_a, z_b = simclr.embed(plain, views, False).chunk(2)
-    loss = simclr.nt_xent(z_a, z_b, 0.2)
-    loss.backward()
-    ours, ours_a, ours_b = simclr.backward_in_chunks(chunked, views, settings, False)
-    assert ours.item() == pytest.approx(loss.item(), abs=1e-12) and not ours.requires_grad
-    assert torch.allclose(ours_a, z_a, atol=1e-12) and torch.allclose(ours_b, z_b, atol=1e-12)
-    for theirs, mine in zip(gradients(plain), gradients(chunked), strict=True):
-        assert (theirs - mine).abs().max() < 1e-12 * max(1, theirs.abs().max())
+    """In eval mode batch norm does not mix slices, so the two must be one and the same."""
+    plain = step(tiny().eval(), smooth_images(6))
+    assert_close(step(tiny().eval(), smooth_images(6), chunk_size=chunk), plain, 1e-5)
 
 
-def test_chunks_are_even(monkeypatch):
-    """A small last one would have a batch norm of its own over next to nothing."""
-    seen, embed = [], simclr.embed
+def test_chunks_are_even_keep_no_activations_and_have_their_own_batch_norm():
+    """9 slices in chunks of at most 4: three times 6 views, each encoded twice."""
+    views, sizes = torch.randn(18, 1, 32, 32).double(), []
+    ours, slow = tiny()["encoder"].double(), tiny()["encoder"].double()
+    ours.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    h = simclr.encode(ours, views, chunk_size=4)
+    expected = torch.cat([slow(chunk) for chunk in views.split(6)])
+    assert torch.allclose(h, expected, atol=1e-12) and sizes == [6, 6, 6]
+    h.square().sum().backward()
+    expected.square().sum().backward()
+    assert_close([p.grad for p in ours.parameters()], [p.grad for p in slow.parameters()], 1e-10)
+    assert sizes == [6] * 6
 
-    def note(networks: torch.nn.ModuleList, views: Tensor, bf16: bool) -> Tensor:
-        seen.append(len(views) // 2)
-        return embed(networks, views, bf16)
 
-    monkeypatch.setattr(simclr, "embed", note)
-    views = torch.randn(18, 1, 32, 32, dtype=torch.float64)
-    settings = simclr.Pretraining(chunk_size=4)
-    simclr.backward_in_chunks(small_networks(), views, settings, False)
-    assert seen == [3, 3, 3] * 2
-
-
-def test_in_training_chunks_have_their_own_batch_norm_and_move_its_statistics_once():
-    """Against all chunks in one graph, slowly; and against a single pass for the statistics."""
-    view_a, view_b = torch.randn(2, 6, 1, 32, 32, dtype=torch.float64)
-    settings = simclr.Pretraining(chunk_size=2, temperature=0.2)
-    slow, chunked = small_networks().train(), small_networks().train()
-    z = [
-        simclr.embed(slow, torch.cat([view_a[i : i + 2], view_b[i : i + 2]]), False).chunk(2)
-        for i in (0, 2, 4)
-    ]
-    z_a, z_b = (torch.cat(parts) for parts in zip(*z, strict=True))
+def share_of_the_work(chunk_size: int | None) -> list[Tensor]:
+    """What a process finds: of a loss in float64; of a step; of a run of three epochs."""
+    x = torch.randn(2, 6, 5, generator=simclr.generator_for(9)).double()
+    layer = nn.Linear(5, 4, bias=False).double()
+    nn.init.orthogonal_(layer.weight, generator=simclr.generator_for(1))
+    z_a, z_b = (simclr.gather(layer(part[simclr.own_share(6)])) for part in x)
     simclr.nt_xent(z_a, z_b, 0.2).backward()
-    views = torch.cat([view_a, view_b])
-    simclr.backward_in_chunks(chunked, views, settings, False)
-    for theirs, mine in zip(gradients(slow), gradients(chunked), strict=True):
-        assert (theirs - mine).abs().max() < 1e-12 * max(1, theirs.abs().max())
-    for theirs, mine in zip(slow.buffers(), chunked.buffers(), strict=True):
-        assert torch.equal(theirs, mine)
-    assert int(chunked["encoder"].bn1.num_batches_tracked) == 3
+    simclr.add_up_gradients(layer)
+    images, networks = smooth_images(13), linear()
+    images[7:] //= 4  # what the second process sees is unlike what the first one sees
+    found = [layer.weight.grad, *step(networks, images[:6], chunk_size=chunk_size)]
+    run = train(networks, images, epochs=3, batch_size=6, chunk_size=chunk_size)
+    losses = [torch.tensor([r["loss"], r["contrastive_accuracy"]]) for r, _ in run]
+    return [*found, *losses, *(p.detach() for p in networks.parameters())]
 
 
-def test_a_run_in_chunks_sees_the_same_views_and_learns():
-    """Seed, order and views do not know of chunks; of one step, only batch norm does."""
-    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32), np.uint8)
-    losses = []
-    for chunk in (None, 8, 4):
-        records = finish(start(images, epochs=3, chunk_size=chunk), images)
-        losses.append([record["loss"] for record in records])
-    assert losses[0] == losses[1]
-    assert losses[2] != losses[0] and losses[2][0] == pytest.approx(losses[0][0], abs=1.0)
-
-
-# --- stopping and going on ---------------------------------------------------------------------
-
-
-def same_weights(one: simclr.Run, other: simclr.Run) -> bool:
-    states = one.networks.state_dict(), other.networks.state_dict()
-    return all(torch.equal(*pair) for pair in zip(*(s.values() for s in states), strict=True))
-
-
-def untimed(records: list[dict]) -> list[dict]:
-    """Records without what a clock says."""
-    return [{k: v for k, v in r.items() if "second" not in k} for r in records]
-
-
-def test_a_run_restored_after_any_step_ends_as_if_it_had_never_stopped():
-    """To the bit: weights, statistics, and the means of an epoch that was cut in two."""
-    images = drawn(13)  # of three steps of four, one slice is left over in each epoch
-    first, files = start(images, batch_size=4), []
-    for _ in simclr.pretrain(first, images, np.arange(13)):
-        files.append(io.BytesIO())
-        torch.save(first.state(), files[-1])
-    rates = [simclr.cosine_lr(step, 6, 5e-4, 1e-5) for step in (2, 5)]  # one schedule, two epochs
-    assert [record["lr"] for record in first.records] == pytest.approx(rates)
-    for done, file in enumerate(files[:-1], start=1):
-        file.seek(0)
-        second = start(images, batch_size=4, lr=1.0)
-        with torch.no_grad():
-            for p in second.networks.parameters():
-                p.fill_(torch.nan)
-        second.settings = first.settings
-        second.restore(torch.load(file, weights_only=True))
-        assert (len(second.records), second.step) == divmod(done, 3)
-        finish(second, images)
-        assert same_weights(first, second)
-        assert untimed(first.records) == untimed(second.records)
-        assert all(record["seconds"] > 0 for record in second.records)
-
-
-def test_pictures_read_as_they_are_needed_train_as_those_that_lie_on_the_device(tmp_path):
-    images = drawn(16)
-    spread = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.uint8, (40, 32, 32))
-    rows = np.random.default_rng(0).permutation(40)[:16]
-    spread[rows] = images
-    runs = [start(images, batch_size=8) for _ in range(2)]
-    for _ in simclr.pretrain(runs[0], spread, rows):
-        pass
-    for _ in simclr.pretrain(runs[1], torch.from_numpy(images), np.arange(16)):
-        pass
-    assert same_weights(*runs) and untimed(runs[0].records) == untimed(runs[1].records)
-
-
-def test_a_checkpoint_of_other_settings_or_of_something_else_is_refused(tmp_path):
-    path, config = tmp_path / "checkpoint.pt", CONFIG | {"epochs": 2, "threads": 1}
-    assert simclr.read_checkpoint(tmp_path, config) is None
-    run = start(drawn(4))
-    simclr.save_run(run, tmp_path, config, torch.zeros(0, 16))
-    assert simclr.read_checkpoint(tmp_path, config | {"threads": 9})["step"] == 0
-    with pytest.raises(data.UserError, match="epochs 2 there, 3 here; lr None there, 1 here"):
-        simclr.read_checkpoint(tmp_path, config | {"epochs": 3, "lr": 1})
-    with pytest.raises(data.UserError, match="settings: other pictures;"):
-        simclr.read_checkpoint(tmp_path, config | {"fingerprint": "0"})
-    for content in (b"", b"no checkpoint", path.read_bytes()[:9999]):
-        path.write_bytes(content)
-        with pytest.raises(data.UserError, match="--restart begins anew"):
-            simclr.read_checkpoint(tmp_path, config)
-    simclr.save({"config": config}, path)  # as an earlier version might have written it
-    with pytest.raises(data.UserError, match="cannot be resumed"):
-        simclr.read_checkpoint(tmp_path, config)
-    path.unlink()
-    assert simclr.read_checkpoint(tmp_path, config) is None  # encoder.pt alone: of the same run,
-    with pytest.raises(data.UserError, match="epochs 2 there, 3 here"):  # or of another
-        simclr.read_checkpoint(tmp_path, config | {"epochs": 3})
-
-
-# --- many processes ----------------------------------------------------------------------------
-
-
-def projections(chunk_size: int | None) -> tuple[Tensor, list[Tensor]]:
-    """The loss of a batch of six slices and its gradients, in float64; a rank takes its share."""
-    rank, world = simclr.rank_and_world()
-    views = torch.randn(2, 6, 1, 32, 32, generator=data.generator_for(5), dtype=torch.float64)
-    views[:, 3:] *= 3  # what the second rank sees is unlike what the first one sees
-    views[1] += 0.3 * views[0]
-    views = torch.cat(list(views[:, rank * 6 // world : (rank + 1) * 6 // world]))
-    networks = small_networks().eval()
-    if chunk_size:
-        settings = simclr.Pretraining(chunk_size=chunk_size, temperature=0.2)
-        loss, _, _ = simclr.backward_in_chunks(networks, views, settings, False)
-    else:
-        z_a, z_b = (simclr.gather(z) for z in simclr.embed(networks, views, False).chunk(2))
-        loss = simclr.nt_xent(z_a, z_b, 0.2)
-        loss.backward()
-    simclr.add_up_gradients(networks)
-    return loss.detach(), gradients(networks)
-
-
-def a_step() -> list[Tensor]:
-    """The gradients of one step of the loop itself, without batch norm."""
-    images = drawn(8)
-    run = start(images, epochs=1, chunk_size=None)
-    run.networks.eval()
-    finish(run, images)
-    return gradients(run.networks)
-
-
-def refuse() -> None:
-    raise data.UserError("said by the first rank")
-
-
-def one_rank(rank: int, port: int, out: Path) -> None:
-    """What each of two processes does; runs in a process of its own."""
+def one_process(rank: int, port: int, out: Path) -> None:
+    """What each of two does; runs in a process of its own."""
     torch.set_num_threads(1)
     rendezvous = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=2)
-    found = {"plain": projections(None), "chunks": projections(2), "loop": a_step()}
-    found["told"] = simclr.on_every_rank(lambda: simclr.rank_and_world()[0])
-    found["flag"] = simclr.on_any_rank(15 * rank)
-    simclr.check_equal("the same")
-    with pytest.raises(data.UserError, match="different pictures"):
-        simclr.check_equal(f"of rank {rank}")
-    with pytest.raises(data.UserError, match="said by the first rank"):
-        simclr.on_every_rank(refuse)
+    found = {"plain": share_of_the_work(None), "chunks": share_of_the_work(2)}
+    found["bf16"] = simclr.gather(torch.tensor([[rank]]).bfloat16()).tolist()
+    with simclr.open_run(out, CONFIG, restart=True) as state:  # one holds it, both may go on
+        found["opened"] = state is None and not (out / "log.jsonl").exists()
+        torch.distributed.barrier()
     torch.save(found, out / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_find_the_gradients_of_one(tmp_path):
+def test_two_processes_find_the_gradients_and_weights_of_one(tmp_path):
     """A gather that drops the graph, or a mean where a sum belongs, points nearly the same way."""
+    (tmp_path / "log.jsonl").touch()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(one_rank, (port, tmp_path), nprocs=2)
-    alone = {"plain": projections(None), "chunks": projections(2)}
-    loop = a_step()
+    torch.multiprocessing.spawn(one_process, (port, tmp_path), nprocs=2)
+    alone = share_of_the_work(None)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")
-        for name, (loss, theirs) in alone.items():
-            assert found[name][0].item() == pytest.approx(loss.item(), abs=1e-12)
-            for ours, g in zip(found[name][1], theirs, strict=True):
-                assert (ours - g).norm() <= 1e-10 * g.norm(), name
-        for ours, g in zip(found["loop"], loop, strict=True):
-            assert (ours - g).norm() <= 1e-5 * g.norm()
-        assert found["told"] == 0 and found["flag"] == 15
+        assert found["opened"] and found["bf16"] == [[0], [1]]
+        for name in ("plain", "chunks"):
+            assert_close(found[name][:1], alone[:1], 1e-10)
+            assert_close(found[name], alone, 1e-4)
+
+
+def test_bf16_and_memory_format_follow_the_hardware(monkeypatch):
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert simclr.native_bf16(CPU)[0] == ("avx512_bf16" in flags or "amx_bf16" in flags)
+    for newest, layout in (("AVX512", torch.contiguous_format), ("AVX2", torch.channels_last)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda newest=newest: newest)
+        assert simclr.memory_format(CPU, bf16=False) == layout
+        assert simclr.memory_format(CPU, bf16=True) == torch.channels_last
