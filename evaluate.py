@@ -467,13 +467,12 @@ def report(title: str, results: dict, val_size: int | None, notes: dict, figures
     few = FEW_GROUPS if metrics["n_groups"] < 20 else ""
     return f"""# {markdown(title)}
 
-{metrics["n"]:,} test images of {metrics["n_groups"]:,} groups (patients, where known), with 95 %
-intervals by resampling groups. Always answering the commonest class would score
-{metrics["majority_accuracy"]:.3f}.
+{metrics["n"]:,} test images of {metrics["n_groups"]:,} groups; 95 % intervals by resampling groups.
+Always answering the commonest class would score an accuracy of {metrics["majority_accuracy"]:.3f}.
 
 {score_table("per image", results, SCORES)}
 
-The mean probability of a patient's images, of those patients whose images share one label:
+By patients (groups), each by the mean probability of his images, if they share one label:
 
 {score_table("per patient", patients, SCORES)}
 
@@ -522,7 +521,7 @@ def write(draw: ImageDraw.ImageDraw, at, text: str, color=INK, anchor="la", size
 def canvas(width: float, height: float, title: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     """A white page with its title."""
     image = Image.new("RGB", (int(width), int(height)), PAPER)
-    write(ImageDraw.Draw(image), (40, 28), title, size=30)
+    write(ImageDraw.Draw(image), (40, 28), drawable(title, 200), size=30)
     return image, ImageDraw.Draw(image)
 
 
@@ -560,16 +559,15 @@ def chart(title: str, marks: list[tuple], x_label: str, y_label: str, x_names=No
             wide; of one point, a dot of that radius. A wide line from 0 is a bar.
         x_names: {x: name}, in place of numbers on the x axis.
     """
-    points = np.concatenate([np.reshape(spots, (-1, 2)) for _, spots, _, _ in marks])
-    low = np.floor(points.min(axis=0, initial=0))  # (2,), of x and y
-    high = np.ceil(points.max(axis=0, initial=1))
+    points = np.concatenate([np.reshape(values, (-1, 2)) for _, values, _, _ in marks])
+    low, high = np.floor(points.min(axis=0, initial=0)), np.ceil(points.max(axis=0, initial=1))
     image, draw = canvas(WIDTH, 4000, title)
-    y = 84
+    top = 84
     for name, _, color, _ in marks:
-        write(draw, (110, y), drawable(name, 60), color)
-        y += 30 * len(drawable(name, 60).splitlines())
-    write(draw, (110, y + 10), y_label, MUTED)
-    corner, size = np.array((110, y + 580)), np.array((750, -530))  # y runs down on the page
+        write(draw, (110, top), drawable(name, 60), color)
+        top += 30 * len(drawable(name, 60).splitlines())
+    write(draw, (110, top + 10), y_label, MUTED)
+    corner, size = np.array((110, top + 580)), np.array((750, -530))  # y runs down on the page
     for y in np.linspace(low[1], high[1], 5):
         spot = corner + (0, (y - low[1]) / (high[1] - low[1]) * size[1])
         draw.line((*spot, spot[0] + size[0], spot[1]), FAINT, 2)
@@ -578,8 +576,8 @@ def chart(title: str, marks: list[tuple], x_label: str, y_label: str, x_names=No
         spot = corner + ((x - low[0]) / (high[0] - low[0]) * size[0], 14)
         write(draw, spot, name, MUTED, "ma")
     write(draw, corner + (750, 80), x_label, MUTED, "ra")
-    for _, spots, color, width in marks:
-        spots = corner + (np.reshape(spots, (-1, 2)) - low) / (high - low) * size
+    for _, values, color, width in marks:
+        spots = corner + (np.reshape(values, (-1, 2)) - low) / (high - low) * size  # (m, 2) pixels
         if len(spots) == 1:
             draw.ellipse((*(spots[0] - width), *(spots[0] + width)), color, PAPER)
         elif len(spots):

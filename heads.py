@@ -38,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
+from torch import device as Device
 
 import data
 import evaluate
@@ -124,7 +125,7 @@ def new_head(head_type: str, in_features: int, num_classes: int, seed: int) -> n
 
 @torch.no_grad()
 def features_of(
-    encoder: simclr.ResNet, images: np.ndarray, rows: np.ndarray, scaling: dict, device
+    encoder: simclr.ResNet, images: np.ndarray, rows: np.ndarray, scaling: dict, device: Device
 ) -> Tensor:
     """The representations of images as they are: without augmentation, in float32.
 
@@ -136,7 +137,6 @@ def features_of(
         images: (n, S, S) uint8, perhaps memory-mapped; read a batch at a time.
         rows: (k,) int64, the images to take.
         scaling: "mean" and "std" that the encoder expects, in units of [0, 1]; a checkpoint is one.
-        device: a torch.device.
 
     Returns:
         h: (k, E) float32 on the CPU.
@@ -171,7 +171,7 @@ def probabilities(head: nn.Module, features: Tensor) -> np.ndarray:
 
 
 def predict_probs(
-    classifier: Classifier, images: np.ndarray, rows: np.ndarray, scaling: dict, device
+    classifier: Classifier, images: np.ndarray, rows: np.ndarray, scaling: dict, device: Device
 ) -> np.ndarray:
     """Class probabilities of images, the arguments being those of `features_of`; not calibrated.
 
@@ -254,7 +254,7 @@ class Setup:
     task: data.Task
     encoder: simclr.ResNet
     checkpoint: dict  # of the encoder: its arch, mean and std
-    device: torch.device
+    device: Device
     bf16: bool  # in the training steps of fine-tuning; all else is float32
 
 
@@ -368,7 +368,7 @@ def baselines(setup: Setup, settings: Probing, head_type: str, progress=iter) ->
 
 
 def knn_accuracy(
-    encoder: simclr.ResNet, images: data.Images, task: data.Task, scaling: dict, device
+    encoder: simclr.ResNet, images: data.Images, task: data.Task, scaling: dict, device: Device
 ) -> float | None:
     """How many val images have nearest training images of their class: pretraining's log shows it.
 

@@ -70,12 +70,11 @@ RUNS = Path("runs")
 PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 32, "epochs": 12}
 KNN_EVERY = 5  # epochs of a pretraining between two looks at what the features are worth
 ENOUGH_STEPS = 2000  # with fewer pretraining hardly pays (docs/results.md)
-COLLAPSED = 0.1  # of a healthy standard deviation of the projections
 MAX_UNREADABLE = (5, 0.01)  # more than five *and* more than 1 % unreadable images stop a run
 EXPLAINED = 32  # images explained at once, and images whose maps are made again, weights shuffled
 SPLITS = ("train", "val", "test", "dropped")
 CAUTION = "For research, not for diagnosis."
-STAGES = ["head", *(f"encoder.layer{stage}" for stage in (4, 3, 2, 1)), "encoder.conv1"]
+SHUFFLED = ["head", "encoder.layer4", "encoder.layer3", "encoder.layer2", "encoder.layer1"]
 # Which process this is and of how many, as torchrun says; only the first one writes and prints.
 RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -102,34 +101,28 @@ def say(text: str) -> None:
         tqdm.write(visible(text))
 
 
-def choose_device(args: argparse.Namespace) -> tuple[torch.device, bool]:
-    """The device, and whether training takes bf16 there; says both.
+def choose_device(args: argparse.Namespace) -> None:
+    """Set args.device, and args.bf16: whether training takes bf16 there; say both.
 
     Raises:
         UserError: --device names one that is not here.
     """
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = args.device
-    if name == "auto":
-        name = next((device for device, found in here.items() if found), "cpu")
-    if not here.get(name, True):
-        raise data.UserError(f"this machine has no {name} device; give --device auto or cpu")
-    device = torch.device(name)
+    names = ["cpu"]
+    if torch.backends.mps.is_available():
+        names.insert(0, "mps")
+    if torch.cuda.is_available():
+        names.insert(0, "cuda")
+    name = names[0] if args.device == "auto" else args.device
+    if name not in names:
+        raise data.UserError(f"this machine has no {name} device; give --device {names[0]}")
+    args.device = torch.device(name)
     if name == "cuda":
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    bf16, why = simclr.native_bf16(device)
-    precision = getattr(args, "precision", "fp32")  # only training has the flag
-    if precision == "auto":
-        say(f"on {name}; training in {'bf16' if bf16 else 'float32'} ({why})")
-        return device, bf16
-    say(f"on {name}, {'bf16' if precision == 'bf16' else 'float32'}")
-    return device, precision == "bf16"
-
-
-def base_folder(args: argparse.Namespace) -> Path:
-    """Where the runs lie; apart for phantoms, so that no default encoder is of the other kind."""
-    return RUNS if args.data else RUNS / "phantoms"
+        args.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(args.device)
+    native, why = simclr.native_bf16(args.device)
+    precision = getattr(args, "precision", "fp32")  # only commands that train have the flag
+    args.bf16 = native if precision == "auto" else precision == "bf16"
+    say(f"on {name}: training in {'bf16' if args.bf16 else 'float32'} ({why}), all else in float32")
 
 
 def load_study(args: argparse.Namespace, image_size: int) -> data.Study:
@@ -151,15 +144,15 @@ def load_study(args: argparse.Namespace, image_size: int) -> data.Study:
     say(f"  the patient is known of {known:,} of {n:,} images")
     for notice in study.notices:
         say(f"  {notice}")
-    name_unreadable(study.images)
+    readable_rows(study.images)
     return study
 
 
-def name_unreadable(images: data.Images) -> None:
-    """Name what could not be read.
+def readable_rows(images: data.Images) -> np.ndarray:
+    """The images that can be read, (k,) int64; the others are named.
 
     Raises:
-        UserError: it is too much, or everything.
+        UserError: these are too many.
     """
     bad, n = images.unreadable, len(images.names)
     for row, why in bad.items():
@@ -167,6 +160,7 @@ def name_unreadable(images: data.Images) -> None:
     least, share = MAX_UNREADABLE
     if len(bad) > max(least, share * n) or len(bad) == n:
         raise data.UserError(f"{len(bad)} of {n} images cannot be read; replace or remove them")
+    return np.setdiff1d(np.arange(n), list(bad))
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -182,16 +176,13 @@ def find_task(args: argparse.Namespace, study: data.Study) -> data.Task:
         UserError: there is none, or more than one to choose from.
     """
     names = sorted(study.tasks)
-    if args.task in study.tasks:
+    if args.task is None and len(names) == 1:
+        return study.tasks[names[0]]
+    if args.task in names:
         return study.tasks[args.task]
-    if not names:
-        raise data.UserError("no task here: a task is a folder with two or more class folders")
-    if args.task is not None:
-        hint = did_you_mean(args.task, names)
-        raise data.UserError(f"no task {args.task!r} here; found: {', '.join(names)}{hint}")
-    if len(names) > 1:
-        raise data.UserError(f"give --task, one of {', '.join(names)}")
-    return study.tasks[names[0]]
+    wanted = f"no task {args.task!r} here" if args.task else "--task is needed"
+    found = ", ".join(names) or "none (a task is a folder with two or more class folders)"
+    raise data.UserError(f"{wanted}; found: {found}{did_you_mean(args.task or '', names)}")
 
 
 def describe_run(args: argparse.Namespace, study: data.Study | None, **values: object) -> dict:
@@ -278,16 +269,15 @@ def conclude(out: Path, files: dict[str, object], following: list[str]) -> None:
 
 def data_flags(args: argparse.Namespace) -> list[str]:
     """The words that make the next command read the same data in the same way."""
-    words = []
-    for flag, value in (
-        ("--data", args.data),
-        ("--patient-pattern", args.patient_pattern),
-        ("--labels", args.labels),
-    ):
+    given = {
+        "--data": args.data,
+        "--patient-pattern": args.patient_pattern,
+        "--labels": args.labels,
+    }
+    words = ["--resplit"] if args.resplit else []
+    for flag, value in given.items():
         if value:
             words += [flag, str(value)]
-    if args.resplit:
-        words.append("--resplit")
     return words
 
 
@@ -301,7 +291,7 @@ def survey(args: argparse.Namespace) -> None:
     study = load_study(args, args.image_size)
     for name in [find_task(args, study).name] if args.task else sorted(study.tasks):
         task = study.tasks[name]
-        out = args.out / name if args.out else base_folder(args) / f"data-{name}"
+        out = args.out / name if args.out else args.runs / f"data-{name}"
         with open_run(args, out, describe_run(args, study, task=name)):
             thumbnails = study.images.thumbnails[task.rows]
             meter = evaluate.leak_meter(thumbnails, task.labels, task.groups)
@@ -330,32 +320,38 @@ def split_table(study: data.Study, task: data.Task) -> list[tuple]:
 
 def survey_report(task: data.Task, meter: dict) -> str:
     """report.md of `data`: a task as a table, what is dropped, and what leaks would score."""
-    titles = ["class", "images", "groups", *SPLITS]
-    width = max(len(name) for name in (*task.classes, *titles))
-    line = f"| {{:{width}}} |" + " {:>7} |" * (len(titles) - 1)
+    width = max(6, *map(len, task.classes))
     lines = [f"# {task.name}: {len(task.rows):,} images, {task.notes['rule']}", ""]
-    lines += [line.format(*titles), line.format("---", *["---:"] * (len(titles) - 1))]
+    lines.append(f"| {'class':{width}} | images | groups |  train |    val |   test | dropped |")
+    lines.append(f"| {'---':{width}} | -----: | -----: | -----: | -----: | -----: | ------: |")
     for k, name in enumerate([*task.classes, "all"]):
         chosen = (task.labels == k) | (k == len(task.classes))
-        counts = Counter(task.split[chosen].tolist())
-        groups = len(np.unique(task.groups[chosen]))
-        lines.append(line.format(name, chosen.sum(), groups, *(counts[split] for split in SPLITS)))
+        groups, counts = len(np.unique(task.groups[chosen])), Counter(task.split[chosen].tolist())
+        cells = [
+            f"{count:6}"
+            for count in (chosen.sum(), groups, *(counts[split] for split in SPLITS[:3]))
+        ]
+        lines.append(f"| {name:{width}} | {' | '.join(cells)} | {counts['dropped']:7} |")
     tested = task.published == "test"
-    leaked = np.isin(task.groups[tested], task.groups[task.published == "train"]).sum()
     if tested.any():
-        lines += ["", f"As published, {leaked:,} of {tested.sum():,} test images have images of "]
-        lines[-1] += "their own group in training."
-    by_image, by_group = evaluate.number(meter["by image"]), evaluate.number(meter["by group"])
-    lines += ["", "The nearest neighbour on 32x32 pixels, which has learnt nothing, scores "]
-    lines[-1] += f"{by_image} when split by image and {by_group} when split by group; always "
-    lines[-1] += f"answering the commonest class scores {evaluate.number(meter['commonest'])}."
+        leaked = np.isin(task.groups[tested], task.groups[task.published == "train"]).sum()
+        lines.append(
+            f"\nAs published, {leaked:,} of {tested.sum():,} test images have images of "
+            "their own group in training."
+        )
+    scores = [evaluate.number(meter[key]) for key in ("by image", "by group", "commonest")]
+    lines.append(
+        f"\nThe nearest neighbour on 32x32 pixels, which was never trained, scores "
+        f"{scores[0]} when split by image and {scores[1]} when split by group; always "
+        f"answering the commonest class scores {scores[2]}."
+    )
     for reason, count in task.notes.items():
         if reason.startswith("dropped") and count:
-            lines += ["", f"{reason.replace('_', ' ')}: {count:,} images"]
+            lines.append(f"\n{reason.replace('_', ' ')}: {count:,} images")
     try:
         data.check_split(task)
     except data.UserError as error:
-        lines += ["", f"It cannot be probed: {error}."]
+        lines.append(f"\nIt cannot be probed: {error}.")
     return "\n".join(lines) + "\n"
 
 
@@ -365,65 +361,52 @@ def survey_report(task: data.Task, meter: dict) -> str:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Meet the other processes that torchrun has started; alone, do nothing."""
-    if PROCESSES == 1:
-        yield
-        return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # decoding may take long
+    if PROCESSES > 1:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # decoding may take long
     yield
-    dist.destroy_process_group()
+    if PROCESSES > 1:
+        dist.destroy_process_group()
 
 
 def pretrain(args: argparse.Namespace) -> None:
     """Learn an encoder from images without labels, or go on learning; leaves encoder.pt."""
-    device, bf16 = choose_device(args)
-    out = args.out or base_folder(args) / "pretrain"
-    with process_group(device):
-        study = load_study(args, args.image_size)
-        why, rows = Counter(data.left_out(study)), data.pretraining_rows(study)
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in why.items() if reason)
-        say(f"  pretraining takes {len(rows):,} images; left out: {reasons or 'none'}")
-        torch.manual_seed(args.seed)  # the networks' first weights
-        encoder, mean, std = simclr.init_encoder(args.arch, args.init)
-        head = simclr.ProjectionHead(encoder.feature_dim)
-        networks = nn.ModuleDict({"encoder": encoder, "projection_head": head})
-        settings = simclr.Pretraining(
-            epochs=args.epochs,
-            batch_size=fit_batch(args.batch_size, len(rows)),
-            lr=args.lr,
-            temperature=args.temperature,
-            chunk_size=args.chunk_size,
-            seed=args.seed,
-            mean=mean,
-            std=std,
-        )
-        values = {"arch": args.arch, "init": args.init, "image_size": args.image_size}
-        values |= {"images": len(rows), "precision": "bf16" if bf16 else "fp32"}
-        config = describe_run(args, study, **values, **asdict(settings))
-        with open_run(args, out, config) as state:
-            advise_steps(args, settings, len(rows))
-            squares = study.images.squares
-            how = (settings, device, bf16, state, partial(progress_bar, unit="step"))
-            epochs = simclr.pretrain(networks, squares, rows, *how)
-            seen = torch.from_numpy(study.images.hashes[rows])
+    study = load_study(args, args.image_size)
+    why, rows = Counter(data.left_out(study)), data.pretraining_rows(study)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in why.items() if reason)
+    say(f"  pretraining takes {len(rows):,} images; left out: {reasons or 'none'}")
+    torch.manual_seed(args.seed)  # the networks' first weights
+    encoder, mean, std = simclr.init_encoder(args.arch, args.init)
+    head = simclr.ProjectionHead(encoder.feature_dim)
+    networks = nn.ModuleDict({"encoder": encoder, "projection_head": head})
+    given = ("epochs", "lr", "temperature", "chunk_size", "seed")
+    values = {name: getattr(args, name) for name in given}
+    values |= {"batch_size": fit_batch(args.batch_size, len(rows)), "mean": mean, "std": std}
+    settings = simclr.Pretraining(**values)
+    values |= {"arch": args.arch, "init": args.init, "image_size": args.image_size}
+    config = describe_run(args, study, **values, images=len(rows), bf16=args.bf16)
+    out = args.out or args.runs / "pretrain"
+    with open_run(args, out, config) as state:
+        advise_steps(args, settings, len(rows))
+        seen = torch.from_numpy(study.images.hashes[rows])
 
-            def save(state: dict) -> None:
-                kept = simclr.encoder_checkpoint(encoder, config, state["epoch"], seen)
-                simclr.save(kept, out / "encoder.pt")
-                simclr.save(state, out / "checkpoint.pt")  # last: it says that all is there
+        def save(state: dict) -> None:
+            kept = simclr.encoder_checkpoint(encoder, config, state["epoch"], seen)
+            simclr.save(kept, out / "encoder.pt")
+            simclr.save(state, out / "checkpoint.pt")  # last: it says that all is there
 
-            look = partial(look_at_epoch, networks, study, settings, device)
-            records = train(out, epochs, state, settings.epochs, save, look)
-            if not records and RANK == 0:
-                save({"epoch": 0, "records": []})
-            names = {"loss": "NT-Xent, nats", "contrastive_accuracy": "contrastive accuracy"}
-            names["knn_accuracy"] = "kNN accuracy on val"
-            figure = evaluate.curve_figure("Pretraining", records, names)
-            files = {"log.jsonl": records, "curve.png": figure}
-            if RANK == 0:
-                conclude(out, files, probe_or_embed(args, study, out / "encoder.pt"))
+        how = (settings, args.device, args.bf16, state, partial(progress_bar, unit="step"))
+        epochs = simclr.pretrain(networks, study.images.squares, rows, *how)
+        look = partial(look_at_epoch, networks, study, settings)
+        records = train(out, epochs, state, settings.epochs, save, look)
+        if not records and RANK == 0:
+            save({"epoch": 0, "records": []})
+        names = {"loss": "NT-Xent, nats", "contrastive_accuracy": "contrastive accuracy"}
+        names["knn_accuracy"] = "kNN accuracy on val"
+        files = {"curve.png": evaluate.curve_figure("Pretraining", records, names)}
+        conclude(out, files, probe_or_embed(args, study, out / "encoder.pt"))
 
 
 def fit_batch(batch_size: int, n: int) -> int:
@@ -453,26 +436,16 @@ def advise_steps(args: argparse.Namespace, settings: simclr.Pretraining, n: int)
 
 
 def look_at_epoch(
-    networks: nn.ModuleDict,
-    study: data.Study,
-    settings: simclr.Pretraining,
-    device: torch.device,
-    record: dict,
+    networks: nn.ModuleDict, study: data.Study, settings: simclr.Pretraining, record: dict
 ) -> None:
-    """Add kNN accuracy on val, where a task has labels; warn where the projections collapse."""
+    """Add to an epoch's record, now and then, the kNN accuracy on val of a task with labels."""
     task = next((task for task in study.tasks.values() if len(task.part("val"))), None)
     due = record["epoch"] % KNN_EVERY == 0 or record["epoch"] == settings.epochs
     if task and due and RANK == 0:
-        scaling = {"mean": settings.mean, "std": settings.std}
-        accuracy = heads.knn_accuracy(networks["encoder"], study.images, task, scaling, device)
+        encoder = networks["encoder"]
+        device, scaling = encoder.conv1.weight.device, asdict(settings)
+        accuracy = heads.knn_accuracy(encoder, study.images, task, scaling, device)
         record["knn_accuracy"] = accuracy
-    healthy = networks["projection_head"][-1].out_features ** -0.5
-    if record["embedding_std"] < COLLAPSED * healthy:
-        nothing = math.log(2 * settings.batch_size - 1)
-        say(
-            f"warning: the projections collapse (standard deviation {record['embedding_std']:.2g}, "
-            f"healthy is {healthy:.2g}; the loss of nothing learnt is {nothing:.3f}): lower --lr"
-        )
 
 
 def train(
@@ -513,10 +486,10 @@ def train(
     return records
 
 
-def probe_or_embed(args: argparse.Namespace, study: data.Study, encoder: Path) -> list[str]:
+def probe_or_embed(args: argparse.Namespace, study: data.Study, encoder: Path | None) -> list[str]:
     """What follows a pretraining: a probe where a task can be split, else `embed`."""
     flags = data_flags(args)
-    if args.out:
+    if args.out and encoder:
         flags += ["--encoder", str(encoder)]
     for name in ("tumor", *sorted(study.tasks)):
         try:
@@ -535,7 +508,6 @@ def probe_or_embed(args: argparse.Namespace, study: data.Study, encoder: Path) -
 
 def prepare(args: argparse.Namespace, from_scratch: bool = False) -> tuple[data.Study, heads.Setup]:
     """Read the encoder and the data; refuse to test on what the encoder was trained on."""
-    device, bf16 = choose_device(args)
     if from_scratch:
         torch.manual_seed(args.seed)
         encoder, mean, std = simclr.init_encoder(args.arch, args.init)
@@ -543,75 +515,79 @@ def prepare(args: argparse.Namespace, from_scratch: bool = False) -> tuple[data.
         seen = torch.zeros(0, 16, dtype=torch.uint8)
         checkpoint = simclr.encoder_checkpoint(encoder, config, 0, seen)
     else:
-        path = args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
-        encoder, checkpoint = simclr.load_encoder(path)
-        if "head" in checkpoint:  # its encoder would know the labels beforehand
-            raise data.UserError(f"{path} is a classifier; --encoder takes an encoder.pt")
-        say(f"{path}: {checkpoint['arch']} after {checkpoint['epoch']} epochs of pretraining")
+        encoder, checkpoint = read_encoder(args)
     study = load_study(args, checkpoint["image_size"])
     task = find_task(args, study)
     data.check_split(task)
     data.refuse_leak(study, task, checkpoint["seen"].numpy())
     counts = ", ".join(f"{len(task.part(split)):,} {split}" for split in SPLITS)
     say(f"task {task.name} ({', '.join(task.classes)}): {counts}")
-    return study, heads.Setup(study.images, task, encoder, checkpoint, device, bf16)
+    return study, heads.Setup(study.images, task, encoder, checkpoint, args.device, args.bf16)
+
+
+def read_encoder(args: argparse.Namespace) -> tuple[simclr.ResNet, dict]:
+    """The encoder of --encoder or, where that was not given, of `pretrain` on such data."""
+    path = args.encoder or args.runs / "pretrain" / "encoder.pt"
+    encoder, checkpoint = simclr.load_encoder(path)
+    if "head" in checkpoint:  # its encoder would know the labels beforehand
+        raise data.UserError(f"{path} is a classifier; --encoder takes an encoder.pt")
+    say(f"{path}: {checkpoint['arch']} after {checkpoint['epoch']} epochs of pretraining")
+    return encoder, checkpoint
 
 
 def describe_fit(
-    args: argparse.Namespace, study: data.Study, setup: heads.Setup, settings: object, **values
+    args: argparse.Namespace, study: data.Study, setup: heads.Setup, settings: object
 ) -> dict:
     """`describe_run` of what starts from an encoder: its weights are part of the settings."""
     weights = hashlib.sha256()
     for value in setup.checkpoint["encoder"].values():
         weights.update(value.numpy().tobytes())
-    values |= {"task": setup.task.name, "weights": weights.hexdigest(), **asdict(settings)}
-    values |= {"pretraining": setup.checkpoint["config"]}
-    return describe_run(args, study, **values)
+    values = {"task": setup.task.name, "weights": weights.hexdigest(), "bf16": setup.bf16}
+    values |= {"head": getattr(args, "head", "linear"), "pretraining": setup.checkpoint["config"]}
+    return describe_run(args, study, **values, **asdict(settings))
 
 
 def probe(args: argparse.Namespace) -> None:
     """Train a head on the frozen encoder, and on two baselines; leaves classifier.pt."""
     study, setup = prepare(args)
-    out = args.out or base_folder(args) / f"probe-{setup.task.name}"
     settings = heads.Probing(epochs=args.epochs, seed=args.seed)
-    config = describe_fit(args, study, setup, settings, head=args.head)
+    out = args.out or args.runs / f"probe-{setup.task.name}"
+    config = describe_fit(args, study, setup, settings)
     with open_run(args, out, config):
-        say("reading features, in float32")
+        say("reading features")
         features = heads.task_features(setup, setup.encoder)
         fitted = heads.fit_probe(features, setup.task, settings, args.head, progress_bar)
         head, records, probs = fitted
+        answers = {f"pretrained encoder, {args.head}": probs}
+        answers |= heads.baselines(setup, settings, args.head, progress_bar)
         classifier = heads.Classifier(setup.encoder, head)
-        results = {f"pretrained encoder, {args.head}": probs}
-        results |= heads.baselines(setup, settings, args.head, progress_bar)
-        finish(args, out, config, study, setup, classifier, args.head, records, results)
+        finish(args, out, config, study, setup, classifier, records, answers)
 
 
 def finetune(args: argparse.Namespace) -> None:
     """Train encoder and a fully connected head end to end; --from-scratch is the baseline."""
     study, setup = prepare(args, args.from_scratch)
-    kind = "scratch" if args.from_scratch else "finetune"
-    out = args.out or base_folder(args) / f"{kind}-{setup.task.name}"
-    lrs = heads.SCRATCH_LRS if args.from_scratch else heads.FineTuning.lrs
+    kind, lrs = "finetune", heads.FineTuning.lrs
+    if args.from_scratch:
+        kind, lrs = "scratch", heads.SCRATCH_LRS
     if args.lr:
         lrs = (args.lr,)
     settings = heads.FineTuning(epochs=args.epochs, lrs=lrs, seed=args.seed)
-    config = describe_fit(args, study, setup, settings, bf16=setup.bf16)
-    K = len(setup.task.classes)
+    out = args.out or args.runs / f"{kind}-{setup.task.name}"
+    config = describe_fit(args, study, setup, settings)
     with open_run(args, out, config) as state:
+        K = len(setup.task.classes)
         head = heads.new_head("linear", setup.encoder.feature_dim, K, args.seed)
         classifier = heads.Classifier(setup.encoder, head)
         bar = partial(progress_bar, unit="step")
         epochs = heads.finetune(setup, classifier, settings, state, bar)
         save = partial(simclr.save, path=out / "checkpoint.pt")
         records = train(out, epochs, state, len(lrs) * args.epochs, save)
-        say("reading features, in float32")
-        features = heads.task_features(setup, classifier.encoder)
-        probs = {}
-        for split in ("val", "test"):
-            probs[split] = heads.probabilities(head, features[setup.task.part(split)])
-        results = {"from scratch" if args.from_scratch else "fine-tuned": probs}
-        results |= heads.baselines(setup, heads.Probing(seed=args.seed), "linear", progress_bar)
-        finish(args, out, config, study, setup, classifier, "linear", records, results)
+        say("reading features")
+        probs = {part: heads.part_probs(setup, classifier, part) for part in ("val", "test")}
+        answers = {"from scratch" if args.from_scratch else "fine-tuned": probs}
+        answers |= heads.baselines(setup, heads.Probing(seed=args.seed), "linear", progress_bar)
+        finish(args, out, config, study, setup, classifier, records, answers)
 
 
 def finish(
@@ -621,7 +597,6 @@ def finish(
     study: data.Study,
     setup: heads.Setup,
     classifier: heads.Classifier,
-    head_type: str,
     records: list[dict],
     answers: dict[str, dict],
 ) -> None:
@@ -630,26 +605,24 @@ def finish(
     Args:
         answers: name -> probabilities of val and test; the result first, then its baselines.
     """
-    task = setup.task
-    test = test_set(study, task)
+    task, test = setup.task, test_set(study, setup.task)
     name, probs = next(iter(answers.items()))
-    temperature = evaluate.fit_temperature(task.labels[task.part("val")], probs["val"])
-    results = {}
-    for row, answer in answers.items():
-        results[row] = test.measure(answer["test"], temperature if row == name else 1.0)
-    heads.save_classifier(out / "classifier.pt", classifier, setup, head_type, temperature, config)
+    val = task.part("val")
+    temperature = evaluate.fit_temperature(task.labels[val], probs["val"])
+    results = {row: test.measure(answer["test"]) for row, answer in answers.items()}
+    results[name] = test.measure(probs["test"], temperature)
+    path = out / "classifier.pt"
+    heads.save_classifier(path, classifier, setup, config["head"], temperature, config)
     chosen = max(records, key=heads.merit)["epoch"]
     names = {"train_loss": "training loss, nats", "val_loss": "val loss, nats"}
     names["val_accuracy"] = "val accuracy"
-    n_val = len(task.part("val"))
-    files = result_files(test, probs["test"], results, temperature, task.notes, n_val)
+    files = result_files(test, probs["test"], results, temperature, task.notes, len(val))
     files |= {"log.jsonl": records, "splits.csv": split_table(study, task)}
     files["curve.png"] = evaluate.curve_figure(f"{task.name}: {name}", records, names, chosen)
-    rows = list(results.values())
-    if rows[0]["accuracy"] <= rows[1]["accuracy"]:
+    own, untrained, *_ = results.values()
+    if own["accuracy"] <= untrained["accuracy"]:
         say("The encoder is no better than an untrained one: try more epochs, or larger images.")
-    model = ["--model", str(out / "classifier.pt")]
-    conclude(out, files, ["explain", *data_flags(args), *model])
+    conclude(out, files, ["explain", *data_flags(args), "--model", str(path)])
 
 
 def test_set(study: data.Study, task: data.Task) -> evaluate.TestSet:
@@ -692,7 +665,7 @@ def result_files(
 def compare(args: argparse.Namespace) -> None:
     """Compare pretraining with training from scratch on the same few labels; leaves table.md."""
     study, setup = prepare(args)
-    out = args.out or base_folder(args) / f"compare-{setup.task.name}"
+    out = args.out or args.runs / f"compare-{setup.task.name}"
     settings = heads.FineTuning(epochs=args.epochs)
     # Shares and seeds are no settings: another one adds its fits to those that are there.
     config = describe_fit(args, study, setup, settings, bf16=setup.bf16)
@@ -742,25 +715,32 @@ def read_model(args: argparse.Namespace) -> tuple[heads.Classifier, dict]:
     """The classifier of --model; --patient-pattern is its own unless another was given."""
     classifier, checkpoint = heads.load_classifier(args.model)
     args.patient_pattern = args.patient_pattern or checkpoint["config"].get("patient_pattern")
-    args.task = args.task or checkpoint["task"]
     return classifier, checkpoint
+
+
+def unseen_images(
+    args: argparse.Namespace, checkpoint: dict
+) -> tuple[data.Study, data.Task, np.ndarray]:
+    """Read --data; its task, the classifier's own unless another is given, and the rows to test."""
+    study = load_study(args, checkpoint["image_size"])
+    if args.task is None and checkpoint["task"] in study.tasks:
+        args.task = checkpoint["task"]
+    task = heads.unseen_task(study, find_task(args, study), checkpoint)
+    test = task.part("test")
+    say(f"{len(test):,} images of {task.name} count, {len(task.part('dropped')):,} are left out")
+    return study, task, task.rows[test]
 
 
 def score_elsewhere(args: argparse.Namespace) -> None:
     """Score a classifier on images from elsewhere that it has not seen; leaves report.md."""
     classifier, checkpoint = read_model(args)
-    device, _ = choose_device(args)
-    study = load_study(args, checkpoint["image_size"])
-    task = heads.unseen_task(study, find_task(args, study), checkpoint)
-    out = args.out or base_folder(args) / f"evaluate-{task.name}"
+    study, task, rows = unseen_images(args, checkpoint)
+    out = args.out or args.runs / f"evaluate-{task.name}"
     test = test_set(study, task)
-    say(f"{len(test.paths):,} images of {task.name} are scored, {len(task.part('dropped')):,} not")
     model = str(args.model.resolve())
     with open_run(args, out, describe_run(args, study, task=task.name, model=model)):
-        rows = task.rows[task.part("test")]
         squares = study.images.squares
-        features = heads.features_of(classifier.encoder, squares, rows, checkpoint, device)
-        probs = heads.probabilities(classifier.head, features)
+        probs = heads.predict_probs(classifier, squares, rows, checkpoint, args.device)
         shares = np.bincount(test.labels, minlength=len(task.classes)) / len(test.labels)
         temperature = checkpoint["temperature"]
         results = {"this classifier": test.measure(probs, temperature)}
@@ -771,18 +751,26 @@ def score_elsewhere(args: argparse.Namespace) -> None:
         conclude(out, files, ["explain", *data_flags(args), "--model", str(args.model)])
 
 
+def calibrated_probs(
+    args: argparse.Namespace, model: tuple[heads.Classifier, dict], squares: np.ndarray, rows
+) -> np.ndarray:
+    """(k, K) what a classifier answers, at its temperature: the same digits in every command."""
+    classifier, checkpoint = model
+    probs = heads.predict_probs(classifier, squares, rows, checkpoint, args.device)
+    return evaluate.with_temperature(probs, checkpoint["temperature"])
+
+
 def predict(args: argparse.Namespace) -> None:
     """Say what a classifier makes of files and folders; leaves predictions.csv."""
     args.patient_pattern = args.task = None
     classifier, checkpoint = read_model(args)
-    device, _ = choose_device(args)
     if not args.paths:
         raise data.UserError("give the files or folders to predict")
     images, rows = read_paths(args, checkpoint["image_size"])
-    out = args.out or RUNS / f"predict-{checkpoint['task']}"
+    out = args.out or args.runs / f"predict-{checkpoint['task']}"
     config = describe_run(args, None, model=str(args.model.resolve()), paths=images.names)
     with open_run(args, out, config):
-        probs = heads.predict_probs(classifier, checkpoint, images.squares, rows, device)
+        probs = calibrated_probs(args, (classifier, checkpoint), images.squares, rows)
         names, classes = [images.names[row] for row in rows], checkpoint["classes"]
         pattern = re.compile(args.patient_pattern) if args.patient_pattern else None
         of_patient = defaultdict(list)
@@ -811,8 +799,7 @@ def answer_in_words(probs: np.ndarray, classes: list[str]) -> str:
 def read_paths(args: argparse.Namespace, image_size: int) -> tuple[data.Images, np.ndarray]:
     """The images of the files and folders that were typed, and the rows that can be read."""
     images = data.load_files(args.paths, image_size, RUNS / "cache", progress_bar)
-    name_unreadable(images)
-    return images, np.setdiff1d(np.arange(len(images.names)), list(images.unreadable))
+    return images, readable_rows(images)
 
 
 def explain(args: argparse.Namespace) -> None:
@@ -820,7 +807,6 @@ def explain(args: argparse.Namespace) -> None:
     if args.paths and args.data:
         raise data.UserError("give --data (its test images are explained) or files, not both")
     classifier, checkpoint = read_model(args)
-    device, _ = choose_device(args)
     size, classes = checkpoint["image_size"], checkpoint["classes"]
     study = None
     if args.paths:
@@ -829,33 +815,35 @@ def explain(args: argparse.Namespace) -> None:
         patients = [data.read_patient(images.names[row], None) or str(row) for row in rows]
         groups = np.unique(patients, return_inverse=True)[1]
     else:
-        study = load_study(args, size)
-        task = heads.unseen_task(study, find_task(args, study), checkpoint)
-        test, images, root = task.part("test"), study.images, study.root
-        rows, groups = task.rows[test], task.groups[test]
-        labels = np.array(task.classes)[task.labels[test]]
-    out = args.out or (RUNS if args.paths else base_folder(args)) / f"explain-{checkpoint['task']}"
+        study, task, rows = unseen_images(args, checkpoint)
+        images, root, test = study.images, study.root, task.part("test")
+        groups, labels = task.groups[test], np.array(task.classes)[task.labels[test]]
+    out = args.out or args.runs / f"explain-{checkpoint['task']}"
     config = describe_run(args, study, model=str(args.model.resolve()), layer=args.layer)
     config["images"] = [images.names[row] for row in rows]
     with open_run(args, out, config):
         columns = {"path": np.array([images.names[row] for row in rows]), "group": groups}
         columns |= {"label": labels}
-        probs = heads.predict_probs(classifier, checkpoint, images.squares, rows, device)
+        probs = calibrated_probs(args, (classifier, checkpoint), images.squares, rows)
         columns["prediction"] = np.array(classes)[probs.argmax(axis=1)]
         columns |= {f"p_{name}": probs[:, k] for k, name in enumerate(classes)}
         columns["overlay"] = np.array([f"{i:05d}-map.png" for i in range(len(rows))])
-        columns |= draw_maps(args, out, classifier, checkpoint, images, root, rows, device)
+        columns |= draw_maps(args, out, classifier, checkpoint, images, root, rows)
         some = rows[np.linspace(0, len(rows) - 1, min(EXPLAINED, len(rows))).astype(int)]
-        x = normalised(images.squares[some], checkpoint, device)
+        x = normalised(images.squares[some], checkpoint, args.device)
         layer = f"encoder.{args.layer}"
-        shuffled = gradcam.randomisation_check(classifier, layer, x, STAGES)
+        shuffled = gradcam.randomisation_check(classifier, layer, x, SHUFFLED)
         title = f"{checkpoint['task']}: where the classifier looked ({args.layer})"
         files = {
             "report.md": gradcam.report(title, columns, shuffled),
             "explain.csv": [list(columns), *zip(*columns.values(), strict=True)],
             "index.html": gradcam.page(title, columns, shuffled),
         }
-        conclude(out, files, ["predict", "--model", str(args.model), "FILES"])
+        following = ["compare", "--task", checkpoint["task"]]
+        if args.paths or args.data:
+            paths = args.paths or [args.data]
+            following = ["predict", "--model", str(args.model), *map(str, paths)]
+        conclude(out, files, following)
 
 
 def normalised(squares: np.ndarray, checkpoint: dict, device: torch.device) -> torch.Tensor:
@@ -872,17 +860,16 @@ def draw_maps(
     images: data.Images,
     root: Path | None,
     rows: np.ndarray,
-    device: torch.device,
 ) -> dict[str, np.ndarray]:
     """Write the overlay of each image; the measures of its map, by name."""
     layer, stride = f"encoder.{args.layer}", simclr.STRIDES[args.layer]
     encoder = heads.untrained(checkpoint["arch"], 0)
     K = len(checkpoint["classes"])
     head = heads.new_head(checkpoint["head_type"], encoder.feature_dim, K, 0)
-    random = heads.Classifier(encoder, head).to(device)
+    random = heads.Classifier(encoder, head).to(args.device)
     measured = []
     with (
-        gradcam.GradCAM(classifier.to(device), layer, stride) as cam,
+        gradcam.GradCAM(classifier.to(args.device), layer, stride) as cam,
         gradcam.GradCAM(random, layer, stride) as untrained,
     ):
         for start in progress_bar(range(0, len(rows), EXPLAINED), unit="batch", desc="explain"):
@@ -890,7 +877,7 @@ def draw_maps(
             squares = images.squares[chosen]
             sick = [data.lesion_of(root, images.names[row], squares.shape[1]) for row in chosen]
             lesions = torch.from_numpy(np.stack(sick))
-            x = normalised(squares, checkpoint, device)
+            x = normalised(squares, checkpoint, args.device)
             generator = simclr.generator_for(start)
             maps, measures = gradcam.explain(cam, untrained, x, lesions, generator)
             measured.append(measures)
@@ -902,17 +889,15 @@ def draw_maps(
 
 def embed(args: argparse.Namespace) -> None:
     """Write the features of every image of a folder, with the split of the pretraining."""
-    path = args.encoder or base_folder(args) / "pretrain" / "encoder.pt"
-    encoder, checkpoint = simclr.load_encoder(path)
+    encoder, checkpoint = read_encoder(args)
     config = checkpoint["config"]
     args.patient_pattern = args.patient_pattern or config.get("patient_pattern")
     args.resplit = args.resplit or config.get("resplit", False)
     if config.get("labels") and not args.labels:
         args.labels = Path(config["labels"])
-    place = args.out or base_folder(args) / "features.npz"
+    place = args.out or args.runs / "features.npz"
     if place.suffix != ".npz":
         raise data.UserError(f"--out {place} is the file of the features; its name ends in .npz")
-    device, _ = choose_device(args)
     study = load_study(args, checkpoint["image_size"])
     names = np.array(study.images.names)
     labels, tasks, splits = np.full((3, len(names)), "", object)
@@ -923,12 +908,12 @@ def embed(args: argparse.Namespace) -> None:
     splits[seen & np.isin(splits, ("", "test", "val"))] = "pretrain"  # no test of this encoder
     rows = np.setdiff1d(np.arange(len(names)), list(study.images.unreadable))
     say(f"reading the features of {len(rows):,} images, in float32")
-    h = heads.features_of(encoder, study.images.squares, rows, checkpoint, device).numpy()
+    h = heads.features_of(encoder, study.images.squares, rows, checkpoint, args.device).numpy()
     columns = {"paths": names[rows], "labels": labels[rows].astype(str)}
     columns |= {"tasks": tasks[rows].astype(str), "splits": splits[rows].astype(str)}
     write(place.parent, {place.name: {"features": h, **columns}})
     say(f"in {place} now: features {h.shape}, paths, labels, tasks, splits")
-    say("next: " + shlex.join(["python", "main.py", *probe_or_embed(args, study, path)]))
+    say("next: " + shlex.join(["python", "main.py", *probe_or_embed(args, study, args.encoder)]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -974,9 +959,12 @@ def pattern(text: str) -> str:
     return text
 
 
-COUNT, POSITIVE = number(int, 1, 10**6), number(float, 1e-9, 1e3)
+WHOLE, COUNT, PAIRS = number(int, 0, 10**6), number(int, 1, 10**6), number(int, 2, 10**6)
+SIDE, SEED = number(int, 32, 1024), number(int, 0, 2**63 - 1)
+RATE, SHARE = number(float, 1e-9, 1e3), number(float, 1e-6, 1)
+HEADS, ARCHS, STAGES = list(heads.HEADS), list(simclr.ARCHITECTURES), list(simclr.STRIDES)
 SIZE, BATCH, EPOCHS = PHANTOM_DEFAULTS.values()
-FLAGS = {  # the defaults of three of them differ by command and on phantoms: `fill_in`
+FLAGS = {
     "paths": {"type": Path, "nargs": "*", "help": "images, volumes, shards and folders"},
     "--data": {
         "type": Path,
@@ -988,69 +976,44 @@ FLAGS = {  # the defaults of three of them differ by command and on phantoms: `f
     "--task": {"help": "such as tumor (`data` lists them); not needed where there is one"},
     "--encoder": {"type": Path, "help": "an encoder.pt (default: that of `pretrain`)"},
     "--model": {"type": Path, "required": True, "help": "a classifier.pt of probe or finetune"},
-    "--head": {
-        "choices": list(heads.HEADS),
-        "default": "cosine_mlp",
-        "help": "linear is the usual linear probe (default: cosine_mlp)",
-    },
+    "--head": {"choices": HEADS, "default": HEADS[0], "help": "linear is the usual linear probe"},
     "--from-scratch": {"action": "store_true", "help": "begin with --init: supervised baseline"},
-    "--layer": {
-        "choices": list(simclr.STRIDES),
-        "default": "layer3",
-        "help": "later stages know more, and are coarser (default: layer3)",
-    },
-    "--arch": {"choices": list(simclr.ARCHITECTURES), "default": "resnet18"},
-    "--init": {
-        "default": "random",
-        "help": "random, imagenet (fetched once), or a file of torchvision's (default: random)",
-    },
-    "--image-size": {
-        "type": number(int, 32, 1024),
-        "help": f"pixels a side; an encoder has its own (default: 128; {SIZE} on phantoms)",
-    },
-    "--batch-size": {
-        "type": number(int, 2, 10**6),
-        "help": f"slices a step; fewer where images are few (default: 512; {BATCH} on phantoms)",
-    },
+    "--layer": {"choices": STAGES, "default": STAGES[2], "help": "later ones are coarser (layer3)"},
+    "--arch": {"choices": ARCHS, "default": ARCHS[0], "help": "encoder (resnet18)"},
+    "--init": {"default": "random", "help": "random, imagenet, or torchvision's file (random)"},
+    "--image-size": {"type": SIDE, "help": f"pixels a side (128; {SIZE} on phantoms)"},
+    "--batch-size": {"type": PAIRS, "help": f"slices a step (512; {BATCH} on phantoms)"},
     "--chunk-size": {"type": COUNT, "help": "slices in memory at once; the loss is the batch's"},
     "--epochs": {
-        "type": number(int, 0, 10**6),
-        "help": "passes over the images; more pay (default: pretrain 200, probe 150, finetune and "
-        f"compare 30; {EPOCHS} on phantoms but for the probe)",
+        "type": WHOLE,
+        "help": f"passes; more pay (200, probe 150, fine-tuning 30; {EPOCHS} "
+        "on phantoms but for the probe)",
     },
     "--lr": {
-        "type": POSITIVE,
-        "help": "peak learning rate; halve it if the loss bursts (default: pretrain 5e-4, "
-        "finetune 1e-4, from scratch the best on val of 1e-4, 3e-4, 1e-3)",
+        "type": RATE,
+        "help": "peak; halve it if the loss bursts (5e-4, fine-tuning 1e-4, from "
+        "scratch the best on val of 1e-4, 3e-4, 1e-3)",
     },
-    "--temperature": {
-        "type": POSITIVE,
-        "default": 0.07,
-        "help": "scale of NT-Xent, in cosines; lower stresses the hardest negatives (default: 0.07)",
-    },
+    "--temperature": {"type": RATE, "default": 0.07, "help": "lower: hardest negatives (0.07)"},
     "--label-fractions": {
-        "type": number(float, 1e-6, 1),
+        "type": SHARE,
         "nargs": "+",
         "default": [0.01, 0.1, 1.0],
-        "help": "shares of the training groups that keep their labels (default: 0.01 0.1 1)",
+        "help": "shares of training groups with labels (0.01 0.1 1)",
     },
-    "--seeds": {"type": COUNT, "default": 3, "help": "draws of labels and weights (default: 3)"},
-    "--seed": {
-        "type": number(int, 0, 2**63 - 1),
-        "default": 0,
-        "help": "moves weights, order and views, never the split (default: 0)",
-    },
+    "--seeds": {"type": COUNT, "default": 3, "help": "draws of labels and weights (3)"},
+    "--seed": {"type": SEED, "default": 0, "help": "moves weights and views, never the split (0)"},
     "--precision": {
         "choices": ["auto", "bf16", "fp32"],
         "default": "auto",
-        "help": "of training; auto takes bf16 where the machine computes it (default: auto)",
+        "help": "of training; auto takes bf16 where the machine computes it",
     },
     "--out": {"type": Path, "help": "folder of the run (of embed, the file); else below runs/"},
     "--restart": {"action": "store_true", "help": "delete what is there, and begin anew"},
     "--device": {
         "choices": ["auto", "cpu", "cuda", "mps"],
         "default": "auto",
-        "help": "auto takes CUDA, then Apple's MPS, then the CPU (default: auto)",
+        "help": "auto takes CUDA, then Apple's MPS, then the CPU",
     },
 }
 READING = "--data --labels --patient-pattern --resplit"
@@ -1106,14 +1069,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def fill_in(args: argparse.Namespace) -> None:
-    """Give flags that were not typed the defaults that differ by command and on phantoms."""
+    """Give what was not typed the defaults that differ by command and on phantoms."""
+    phantoms = getattr(args, "data", None) is None and not getattr(args, "paths", None)
+    # Runs on phantoms lie apart, so that no default encoder is of the other kind.
+    args.runs = RUNS / "phantoms" if phantoms else RUNS
     defaults = {"image_size": 128, "batch_size": 512, "epochs": 30}
-    if args.command in ("pretrain", "probe"):
-        defaults["epochs"] = {"pretrain": 200, "probe": 150}[args.command]
-    if getattr(args, "data", None) is None and args.command != "probe":
+    if phantoms:
         defaults |= PHANTOM_DEFAULTS
     if args.command == "pretrain":
-        defaults["lr"] = simclr.Pretraining.lr
+        defaults |= {"epochs": defaults["epochs"] if phantoms else 200, "lr": simclr.Pretraining.lr}
+    if args.command == "probe":
+        defaults["epochs"] = 150
     for name, value in defaults.items():
         if getattr(args, name, value) is None:
             setattr(args, name, value)
@@ -1127,11 +1093,15 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         if PROCESSES > 1 and args.command != "pretrain":
             raise data.UserError(f"{args.command} runs in one process: start it without torchrun")
-        args.run(args)
+        with process_group():
+            choose_device(args)
+            args.run(args)
     except BrokenPipeError:  # `main.py data | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (data.UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (data.UserError, OSError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "memory" not in str(error):
+            raise
         if RANK == 0:
             print(f"error: {visible(str(error))}".replace("\n", " "), file=sys.stderr)
         return 2

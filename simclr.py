@@ -388,7 +388,7 @@ def pretrain(
     """Train encoder and projection head, in place.
 
     Args:
-        networks: as above; their weights and their mode change.
+        networks: as in `training_step`; they move, learn, and are in train mode.
         images: (m, S, S) uint8, perhaps memory-mapped.
         rows: (n,) int64, those to train on, n >= batch_size; an epoch leaves n mod batch_size out.
         resume: the state to go on from.
@@ -716,7 +716,7 @@ def encode(encoder: ResNet, views: Tensor, chunk_size: int | None) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
-# Large batches, on many processes: torchrun starts them, and each takes its share
+# Large batches, on many processes: torchrun starts them, main.py joins them, each has its share
 # ---------------------------------------------------------------------------------------------
 
 

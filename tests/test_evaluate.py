@@ -36,6 +36,11 @@ def a_test(classes, labels, groups=None) -> evaluate.TestSet:
     return evaluate.TestSet("mine", classes, paths, np.asarray(labels), groups)
 
 
+@pytest.fixture
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(evaluate, "RESAMPLES", 100)
+
+
 # --- the metrics -------------------------------------------------------------------------------
 
 
@@ -84,7 +89,7 @@ def test_closed_forms_of_perfect_uniform_and_overconfident_answers():
     assert evaluate.calibration_error(np.array([0, 1]), edge) == pytest.approx(0.525)
 
 
-def test_absent_classes_count_as_documented():
+def test_absent_classes_count_as_documented(few_resamples):
     """Macro averages go over all K with undefined = 0; what cannot be scored is None."""
     labels = np.array([0, 0, 1, 1])
     probs = np.array([[0.8, 0.1, 0.1], [0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1]])
@@ -206,7 +211,7 @@ def test_calibration_error_matches_its_bins_counted_one_by_one():
     assert slow > 0.02 and evaluate.reliability(labels, probs)[0].sum() == 200
 
 
-def test_temperature_scaling_finds_how_much_too_confident_a_classifier_is():
+def test_temperature_scaling_finds_how_much_too_confident_a_classifier_is(few_resamples):
     """Its scaled calibration error was once computed from the probabilities as they were."""
     labels, probs = overconfident()
     found = evaluate.fit_temperature(labels, probs)
@@ -236,7 +241,7 @@ def test_no_temperature_is_fitted_on_less_than_200_images():
 # --- groups, neighbours, the leak meter --------------------------------------------------------
 
 
-def test_a_group_answers_with_the_mean_of_its_images_if_they_share_one_label():
+def test_a_group_answers_with_the_mean_of_its_images_if_they_share_one_label(few_resamples):
     labels, groups = np.array([0, 0, 1, 1, 0, 1]), np.array([5, 5, 9, 9, 7, 7])  # 7 has both
     probs = np.array([[0.9, 0.1], [0.4, 0.6], [0.45, 0.55], [0.8, 0.2], [1, 0], [1, 0]])
     group_labels, means = evaluate.group_answers(labels, probs, groups)
@@ -334,11 +339,6 @@ def table_rows(text: str, first: str) -> list[list[str]]:
     lines = table.splitlines()
     assert len({len(line) for line in lines}) == 1  # aligned
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-
-
-@pytest.fixture
-def few_resamples(monkeypatch):
-    monkeypatch.setattr(evaluate, "RESAMPLES", 100)
 
 
 def test_the_report_is_a_model_card(few_resamples):
@@ -533,7 +533,7 @@ def compared(winner: str, groups=None) -> dict:
     return evaluate.compare_files(fits, a_test("ab", labels, groups), "mine", "About it.")
 
 
-def test_a_comparison_says_who_wins_and_by_how_much():
+def test_a_comparison_says_who_wins_and_by_how_much(few_resamples):
     files = compared("probe")
     rows = {row[0]: row[1:] for row in table_rows(files["table.md"], "labels, method")}
     accuracy, gain = rows["10 %, probe"]
@@ -552,7 +552,7 @@ def test_a_comparison_says_who_wins_and_by_how_much():
     assert own[0].mean() < own[1].mean() - 50 and np.ptp(own[0]) > 60  # higher, with its interval
 
 
-def test_a_comparison_on_one_patient_has_no_interval_and_proves_nothing():
+def test_a_comparison_on_one_patient_has_no_interval_and_proves_nothing(few_resamples):
     """The table printed [nan, nan]."""
     text = compared("probe", np.zeros(40, int))["table.md"]
     assert "nan" not in text and "0.700 " in text and "it may be chance" in text

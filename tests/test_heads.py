@@ -1,13 +1,16 @@
-"""heads.py: the cosine MLP against its definition, the schedule against torch's, the training."""
+"""heads.py: the head against its definition, and that nothing tested has a way into training.
 
-import dataclasses
+All networks are ResNets of depths (1, 1, 1, 1), all images 32 pixels wide.
+"""
+
 import io
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import data
 import evaluate
@@ -17,394 +20,532 @@ import simclr
 CPU, SCALING = torch.device("cpu"), {"mean": 0.5, "std": 0.5}
 
 
-def blobs(n: int, seed: int, spread: float = 0.8) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three clouds of features in 16 dimensions."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % 3
-    centres = torch.eye(3, 16) * 2
-    return centres[labels] + spread * torch.randn(n, 16, generator=generator), labels
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """An architecture for tests, and short epochs."""
+    torch.manual_seed(0)
+    blocks = simclr.BasicBlock, (1, 1, 1, 1), 1
+    monkeypatch.setitem(simclr.ARCHITECTURES, "tiny", lambda: simclr.ResNet(*blocks))
+    monkeypatch.setattr(heads, "ENCODED", 4)
+    monkeypatch.setattr(heads, "LEAST_STEPS", 3)
 
 
-def test_cosine_mlp_has_the_published_number_of_parameters():
+class Spy:
+    """An array of images that counts which rows are read, and how many at once."""
+
+    def __init__(self, squares):
+        self.squares, self.rows, self.most = squares, set(), 0
+
+    def __getitem__(self, rows):
+        self.rows, self.most = self.rows | set(rows.tolist()), max(self.most, len(rows))
+        return self.squares[rows]
+
+
+def make_task(labels, split, groups=None):
+    """A task whose images lie backwards in the folder."""
+    rows, classes = np.arange(len(labels))[::-1].copy(), tuple("abc"[: labels.max() + 1])
+    groups, split = rows if groups is None else groups, split.astype("U7")
+    return data.Task("mine", classes, rows, labels, groups, np.full(len(rows), ""), split, {})
+
+
+def make_setup(n_train=24, n_val=8, n_test=6) -> heads.Setup:
+    """Images whose class is the way their stripes run, and thumbnails; two images are dropped."""
+    split = np.repeat(["train", "val", "test", "dropped"], [n_train, n_val, n_test, 2])
+    rng, labels, (y, x) = np.random.default_rng(0), np.arange(len(split)) % 2, np.mgrid[:32, :32]
+    waves = [np.sin((y if label else x) * 0.8 + rng.uniform(0, 6)) for label in labels[::-1]]
+    squares = 127 + 90 * np.stack(waves) + rng.normal(0, 30, (len(split), 32, 32))
+    squares = squares.clip(0, 255).astype(np.uint8)
+    hashes = rng.integers(1, 256, (len(split), 16), dtype=np.uint8)
+    images = SimpleNamespace(squares=squares, thumbnails=squares, hashes=hashes)
+    encoder = heads.untrained("tiny", 7)
+    config = {"arch": "tiny", "image_size": 32, "patient_pattern": None, **SCALING}
+    seen = torch.zeros(1, 16, dtype=torch.uint8)
+    checkpoint = simclr.encoder_checkpoint(encoder, config, 3, seen)
+    return heads.Setup(images, make_task(labels, split), encoder, checkpoint, CPU, bf16=False)
+
+
+def tuned(setup, *settings):
+    """A fine-tuning to its end: the classifier, its records."""
+    classifier = heads.Classifier(heads.untrained("tiny", 7), heads.new_head("linear", 512, 2, 0))
+    epochs = heads.finetune(setup, classifier, heads.FineTuning(*settings))
+    return classifier, [record for record, _ in epochs]
+
+
+def copied(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def blobs(n, seed=0):
+    """Three clouds of features in 16 dimensions, and their labels."""
+    labels = np.arange(n) % 3
+    noise = torch.randn(n, 16, generator=torch.Generator().manual_seed(seed))
+    return torch.eye(3, 16)[labels] * 2 + 0.8 * noise, labels
+
+
+# --- the head ----------------------------------------------------------------------------------
+
+
+def test_cosine_mlp_has_the_published_size_and_the_settings_are_the_published_ones():
     assert sum(p.numel() for p in heads.CosineMLP(512, 3).parameters()) == 329_985
+    assert heads.Probing() == heads.Probing(150, 256, 5e-4, 1e-3, 0)
+    assert heads.FineTuning() == heads.FineTuning(30, 64, (1e-4,), 1e-4, 0)
+    rates = [heads.milestone_lr(epoch, 150, 1.0) for epoch in (1, 90, 91, 120, 121, 150)]
+    assert rates == [1, 1, 0.1, 0.1, 0.01, 0.01]
 
 
 def test_cosine_mlp_is_scale_times_cosine_computed_one_by_one():
-    torch.manual_seed(0)
-    head = heads.CosineMLP(8, 3, hidden_dims=(6, 5)).double().eval()
-    h = torch.randn(4, 8, dtype=torch.float64)
-    m = h
+    head = heads.CosineMLP(8, 3, hidden_dims=(16, 12)).double()
+    m = h = torch.randn(4, 8, dtype=torch.float64)
+    head(3 * h + 1)  # moves the running statistics
+    head.eval()
     for linear, norm in ((head.mlp[0], head.mlp[1]), (head.mlp[4], head.mlp[5])):
-        m = (m @ linear.weight.T + linear.bias - norm.running_mean) / (
-            norm.running_var + 1e-5
-        ) ** 0.5
+        m = m @ linear.weight.T + linear.bias
+        m = (m - norm.running_mean) / (norm.running_var + 1e-5) ** 0.5
         m = (m * norm.weight + norm.bias).clamp(min=0)
     for n in range(4):
-        for k in range(3):
-            w = head.class_weights[k]
+        for k, w in enumerate(head.class_weights):
             cosine = (m[n] @ w) / (m[n].norm() * w.norm())
             assert head(h)[n, k].item() == pytest.approx(10 * cosine.item(), abs=1e-9)
 
 
-def test_logits_ignore_the_length_of_class_weights():
-    head = heads.CosineMLP(8, 3).eval()
-    h = torch.randn(4, 8)
-    before = head(h)
+def test_logits_stay_within_the_scale_and_ignore_the_length_of_class_weights():
+    head, h = heads.CosineMLP(8, 3).eval(), 100 * torch.randn(50, 8)
     with torch.no_grad():
+        before = head(h)
+        assert before.abs().max() <= 10 + 1e-5 and head.scale.requires_grad
         head.class_weights *= torch.tensor([[0.1], [1.0], [50.0]])
-    assert torch.allclose(head(h), before, atol=1e-5)
+        assert torch.allclose(head(h), before, atol=1e-5)
+        head.scale.fill_(3.0)
+        assert torch.allclose(head(h), before * 0.3, atol=1e-5)
 
 
-def test_milestones_match_torchs_scheduler():
-    for epochs in (150, 10, 7):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        passed = [-(-epochs * 6 // 10), -(-epochs * 8 // 10)]
-        theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, passed, 0.1)
-        for epoch in range(1, epochs + 1):
-            ours = heads.milestone_lr(epoch, epochs, 1.0)
-            assert ours == pytest.approx(theirs.get_last_lr()[0])
-            optimizer.step()
-            theirs.step()
-    assert heads.milestone_lr(90, 150, 1.0) == 1.0 and heads.milestone_lr(91, 150, 1.0) == 0.1
+def test_dropout_is_silent_in_eval_mode_only():
+    head, h = heads.CosineMLP(8, 3), torch.randn(20, 8)
+    assert not torch.equal(head.train()(h), head(h)) and torch.equal(head.eval()(h), head(h))
+
+
+# --- features ----------------------------------------------------------------------------------
+
+
+def test_features_come_from_running_statistics_and_leave_the_encoder_as_it_was():
+    encoder = heads.untrained("tiny", 0).to(memory_format=torch.channels_last)
+    encoder(torch.randn(8, 1, 32, 32))  # moves the running statistics
+    before, squares, scaling = copied(encoder), make_setup().images.squares, {"mean": 0.2, "std": 3}
+    h = heads.features_of(encoder, squares, np.array([4, 0]), scaling, CPU)
+    assert encoder.training and same(copied(encoder), before)
+    assert encoder.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        slow = encoder.eval()((torch.tensor(squares[[4, 0]])[:, None] / 255 - 0.2) / 3)
+    assert torch.allclose(slow, h, atol=1e-4) and h.dtype == torch.float32
+    assert heads.features_of(encoder, squares, np.arange(0), scaling, CPU).shape == (0, 512)
+
+
+def test_features_do_not_depend_on_their_neighbours_to_the_bit(monkeypatch):
+    """Else `predict` on one file would answer in other digits than `probe` on all of them."""
+    encoder, squares, sizes = heads.untrained("tiny", 0), make_setup().images.squares, set()
+    encoder.conv1.register_forward_hook(lambda module, x, out: sizes.add(len(out)))
+    together = heads.features_of(encoder, squares, np.arange(9), SCALING, CPU)
+    alone = [heads.features_of(encoder, squares, np.array([i]), SCALING, CPU) for i in range(9)]
+    assert torch.equal(torch.cat(alone), together) and sizes == {4}
+    monkeypatch.setattr(heads, "ENCODED", 16)
+    large = heads.features_of(encoder, squares, np.arange(9), SCALING, CPU)
+    assert torch.allclose(large, together, atol=1e-4)
+
+
+def test_images_are_read_a_batch_at_a_time_and_dropped_ones_never():
+    setup = make_setup()
+    setup.images.squares = spy = Spy(setup.images.squares)
+    h = heads.task_features(setup, setup.encoder)
+    assert spy.most == 4 and spy.rows == set(setup.task.rows[:-2])
+    assert h[-2:].isnan().all() and not h[:-2].isnan().any()
+    own = heads.features_of(setup.encoder, spy, setup.task.rows[[3]], SCALING, CPU)
+    assert torch.equal(h[[3]], own)  # in the order of the task's rows
+
+
+# --- a probe -----------------------------------------------------------------------------------
 
 
 def test_a_probe_learns_and_ends_with_its_best_epoch():
-    train, val = blobs(60, 0), blobs(60, 1)
-    torch.manual_seed(0)
-    head = heads.CosineMLP(16, 3)
-    records = list(heads.train_probe(head, train, val, heads.Probing(epochs=30, batch_size=16)))
-    best = max((r["val_accuracy"], -r["val_loss"]) for r in records)
-    assert best[0] > 0.8
-    assert heads.score(head, *val) == pytest.approx((-best[1], best[0]), abs=1e-6)
-    probs = heads.probabilities(head, val[0])
-    assert probs.shape == (60, 3) and torch.allclose(probs.sum(dim=1), torch.ones(60).double())
+    head, val = heads.new_head("cosine_mlp", 16, 3, 0), blobs(60, 1)
+    records = heads.train_head(head, blobs(60), val, heads.Probing(epochs=30, batch_size=16))
+    assert [record["epoch"] for record in records] == list(range(1, 31))
+    assert records[-1]["train_loss"] < 0.7 * records[0]["train_loss"]
+    score = heads.validate(heads.probabilities(head, val[0]), val[1])
+    assert score.items() < max(records, key=heads.merit).items() and score["val_accuracy"] > 0.8
 
 
-def test_a_probe_repeats_to_the_bit_whatever_was_drawn_before():
-    """Dropout takes no generator: it is seeded at each step from (seed, epoch, step)."""
-    weights = []
-    for noise in (0, 7):
-        torch.manual_seed(0)
-        head = heads.CosineMLP(16, 3)
+def test_val_chooses_by_accuracy_then_loss_then_the_earliest(monkeypatch):
+    """It says what is written here; of both, the third epoch's weights have to be there."""
+    scores = [(0.5, 0.1), (0.8, 0.6), (0.8, 0.5), (0.8, 0.5), (0.7, 0.2)]
+    weights, answer = [], heads.probabilities
+
+    def spy(head, features):
+        weights.append(copied(head))
+        return answer(head, features)
+
+    def scripted(probs, labels):
+        accuracy, loss = scores[len(weights) - 1]
+        return {"val_accuracy": accuracy, "val_loss": loss}
+
+    monkeypatch.setattr(heads, "probabilities", spy)
+    monkeypatch.setattr(heads, "validate", scripted)
+    head = heads.new_head("linear", 16, 3, 0)
+    heads.train_head(head, blobs(12), blobs(9, 1), heads.Probing(epochs=5))
+    assert same(copied(head), weights[2]) and not same(weights[2], weights[3])
+    weights.clear()
+    classifier, _ = tuned(make_setup(), 5, 8)
+    assert len(weights) == 5 and same(copied(classifier.head), weights[2])
+
+
+def test_without_val_the_last_epoch_counts(monkeypatch):
+    monkeypatch.setattr(heads, "milestone_lr", lambda *_: 1e-2)
+    trained, empty = [], (torch.zeros(0, 16), np.zeros(0, np.int64))
+    for epochs in (2, 3):  # at a constant rate, the first two epochs of three are those of two
+        trained.append(heads.new_head("linear", 16, 3, 0))
+        records = heads.train_head(trained[-1], blobs(9), empty, heads.Probing(epochs))
+        assert [record["val_loss"] for record in records] == [None] * epochs
+    assert not torch.equal(trained[0].weight, trained[1].weight)
+
+
+def test_a_probe_repeats_to_the_bit_and_leaves_torchs_generator_as_it_was():
+    features, labels = blobs(40)
+    task, weights = make_task(labels, np.repeat(["train", "val", "test"], [24, 8, 8])), []
+    for noise, seed in ((0, 0), (7, 0), (0, 1)):
         torch.rand(noise)
-        epochs = heads.train_probe(head, blobs(40, 0), blobs(9, 1), heads.Probing(3, 16))
-        for _ in epochs:
-            torch.rand(noise)
-        weights.append(head.class_weights.detach().clone())
-    assert torch.equal(*weights)
+        state, settings = torch.get_rng_state(), heads.Probing(3, 16, seed=seed)
+        weights.append(copied(heads.fit_probe(features, task, settings, "cosine_mlp")[0]))
+        weights[-1]["conv1"] = heads.untrained("tiny", seed).conv1.weight
+        assert torch.equal(torch.get_rng_state(), state)
+    assert same(weights[0], weights[1])
+    for name in ("class_weights", "conv1"):
+        assert not torch.equal(weights[0][name], weights[2][name])
 
 
-def test_no_epochs_leave_the_head_as_it_was_and_no_validation_part_means_the_last_epoch():
-    torch.manual_seed(0)
-    head = heads.CosineMLP(16, 3)
-    before = head.class_weights.detach().clone()
-    assert list(heads.train_probe(head, blobs(9, 0), blobs(9, 1), heads.Probing(epochs=0))) == []
-    assert torch.equal(head.class_weights, before)
-    empty = (torch.zeros(0, 16), torch.zeros(0, dtype=torch.long))
-    records = list(heads.train_probe(head, blobs(9, 0), empty, heads.Probing(epochs=2)))
-    assert [r["val_loss"] for r in records] == [None, None]
-    assert not torch.equal(head.class_weights, before)
+def test_test_images_have_no_way_into_a_probe():
+    """Their features and labels are replaced, and not a bit of the head changes."""
+    features, labels = blobs(40)
+    task = make_task(labels, np.repeat(["train", "val", "test", "dropped"], [20, 8, 8, 4]))
+    settings = heads.Probing(epochs=3, batch_size=8)
+    head, records, probs = heads.fit_probe(features, task, settings, "cosine_mlp")
+    other, swapped = features.clone(), np.where(task.split == "test", 0, labels)
+    other[28:36], other[36:], task = 5.0, torch.nan, replace(task, labels=swapped)
+    again, same_records, others = heads.fit_probe(other, task, settings, "cosine_mlp")
+    assert same(copied(head), copied(again)) and records == same_records
+    assert np.array_equal(probs["val"], others["val"])
+    assert probs["test"].shape == (8, 3) and not np.allclose(probs["test"], others["test"])
 
 
-def test_features_come_from_running_statistics_and_the_mode_is_restored():
-    """In train mode a picture's features would depend on its neighbours in the batch."""
-    encoder = simclr.resnet18()
-    encoder(torch.randn(8, 1, 32, 32))  # moves the running statistics
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32), dtype=np.uint8)
-    alone = heads.features_of(encoder, SCALING, images[:1], CPU)
-    together = heads.features_of(encoder, SCALING, images, CPU, batch_size=2)
-    assert encoder.training
-    assert together.shape == (5, 512) and together.dtype == torch.float32
-    assert torch.allclose(alone[0], together[0], atol=1e-5)
-    assert heads.features_of(encoder, SCALING, images[:0], CPU).shape == (0, 512)
-    for name, value in encoder.state_dict().items():
-        assert torch.equal(value, before[name]), name
+def test_weight_decay_reaches_the_optimiser(monkeypatch):
+    decays, adamw = [], simclr.adamw
+    monkeypatch.setattr(simclr, "adamw", lambda net, d: decays.append(d) or adamw(net, d))
+    heads.train_head(heads.new_head("linear", 16, 3, 0), blobs(9), blobs(9), heads.Probing(1))
+    tuned(make_setup(), 1, 8)
+    assert decays[0] == 1e-3 and set(decays[1:]) == {1e-4}
 
 
-def test_probe_leaves_encoder_bitwise_unchanged():
-    encoder = simclr.resnet18().train()
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    drawn = [data.fit_square(data.draw_phantom(p)[0], 32) for p in data.phantom_paths()[:12]]
-    h = heads.features_of(encoder, SCALING, np.stack(drawn), CPU)
-    labels = torch.arange(12) % 2
-    head = heads.CosineMLP(512, 2)
-    list(heads.train_probe(head, (h, labels), (h, labels), heads.Probing(epochs=2)))
-    for name, value in encoder.state_dict().items():
-        assert torch.equal(value, before[name]), name
+def test_labels_planted_at_random_are_learned_by_image_and_not_by_group():
+    """Every patient has a random diagnosis, so nothing can be known of a new one."""
+    rng, patients = np.random.default_rng(0), np.repeat(np.arange(200), 3)
+    looks = rng.normal(size=(200, 64))[patients] + 0.2 * rng.normal(size=(600, 64))
+    features, labels = torch.tensor(looks, dtype=torch.float32), patients % 2
+    by_group = np.array(["train", "train", "train", "val", "test"])[patients // 2 % 5]
+    scores = []
+    for split in (by_group, rng.permutation(by_group)):
+        task = make_task(labels, split, patients)
+        probs = heads.fit_probe(features, task, heads.Probing(epochs=40), "cosine_mlp")[2]
+        scores.append((probs["test"].argmax(axis=1) == labels[task.part("test")]).mean())
+    assert scores[1] > 0.8 and abs(scores[0] - 0.5) < 0.2  # of 40 patients: twice .08 is chance
 
 
-def test_labels_planted_at_random_are_learnt_by_picture_and_not_by_group(tmp_path):
-    """Every patient has a random diagnosis, so nothing can be known of a new one.
-
-    Split by picture the probe recognises the patients and seems to be good at it; split by group,
-    as data.py does it, the same probe on the same pictures is at chance.
-    """
-    rng = np.random.default_rng(0)
-    for patient in range(80):
-        coarse = rng.integers(0, 256, (6, 6))
-        for slice_ in range(6):
-            noisy = np.clip(coarse + rng.normal(0, 12, (6, 6)), 0, 255).astype(np.uint8)
-            path = tmp_path / "scans/mine" / f"class{patient % 2}" / f"sub-{patient}_{slice_}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(noisy).resize((64, 64), Image.Resampling.BICUBIC).save(path)
-    collection = heads.load(tmp_path / "scans", 32, tmp_path / "cache")
-    task = collection.task("mine")
-    pixels = torch.from_numpy(collection.pictures.thumbnails[task.rows]).flatten(1)
-    features = pixels.float() / 127.5 - 1
-    settings = heads.Probing(epochs=40)
-    by_picture = dataclasses.replace(task, split=rng.permutation(task.split))
-    scores = {}
-    for name, cut in (("picture", by_picture), ("group", task)):
-        _, _, probs = heads.fit_probe(features, cut, settings, "cosine_mlp", iter)
-        scores[name] = float((probs["test"].argmax(axis=1) == cut.part("test")[1]).mean())
-    assert scores["picture"] > 0.9
-    assert abs(scores["group"] - 0.5) < 0.2  # 24 patients are tested: a standard error of 0.1
+def test_baselines_are_the_same_head_on_an_untrained_encoder_and_on_pixels():
+    """Here the thumbnails alone show the class, and the images are noise."""
+    setup, rng = make_setup(60, 20, 20), np.random.default_rng(0)
+    setup.images.squares = rng.integers(0, 256, (102, 32, 32), dtype=np.uint8)
+    lit = 90 + 60 * setup.task.labels[::-1, None, None]
+    setup.images.thumbnails = np.broadcast_to(lit, (102, 32, 32)).astype(np.uint8)
+    found = heads.baselines(replace(setup, encoder=None), heads.Probing(20, 16), "linear")
+    truth = setup.task.labels[setup.task.part("test")]
+    correct = {name: (p["test"].argmax(axis=1) == truth).mean() for name, p in found.items()}
+    assert list(correct) == ["untrained encoder, linear", "raw 32x32 pixels, linear"]
+    assert correct["raw 32x32 pixels, linear"] == 1.0 > correct["untrained encoder, linear"]
 
 
-def test_a_classifiers_columns_are_matched_by_the_names_of_the_classes():
-    torch.manual_seed(0)
-    encoder, head = simclr.resnet18(), heads.CosineMLP(512, 3)
-    checkpoint = {"classes": ["a", "b", "c"], "mean": 0.5, "std": 0.5}
-    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32), dtype=np.uint8)
-    device = torch.device("cpu")
-    known = heads.classify(encoder, head, checkpoint, images, ("a", "b", "c"), device, False)
-    turned = heads.classify(encoder, head, checkpoint, images, ("c", "a", "b"), device, False)
-    assert known.shape == (4, 3) and np.allclose(known.sum(axis=1), 1)
-    assert np.array_equal(turned, known[:, [2, 0, 1]]) and not np.allclose(turned, known)
-    with pytest.raises(data.UserError, match="classes a, b, and .* a, b, c"):
-        heads.classify(encoder, head, checkpoint, images, ("a", "b"), device, False)
-
-
-def test_the_survey_counts_what_a_person_would_count():
-    """Six pictures: 0 and 3 are one picture, 1 and 4 mirror twins, across the publisher's parts."""
-    rows, hashes = np.arange(10, 16), np.zeros((16, 16), np.uint8)
-    hashes[:, 0] = [*range(100, 110), *b"abcade"]
-    nothing = np.zeros((0, 2), np.int64)
-    pictures = data.Pictures([""] * 16, None, hashes, {}, None, None)
-    # row 2 is of another task
-    twins = np.array([[10, 13, 0], [11, 14, 1], [12, 15, 1], [2, 15, 0]])
-    task = heads.Task(
-        name="mine",
-        classes=("sick", "well"),
-        rows=rows,
-        labels=np.array([0, 0, 1, 0, 0, 1]),
-        groups=np.array([0, 1, 2, 0, 1, 5]),
-        parts=np.array(["test", "test", "test", "train", "train", "train"]),
-        split=np.array(["test", "test", "test", "dropped", "dropped", "train"]),
-        notes={"rule": "by hand", "dropped_for_a_twin_with_another_label": 2},
-    )
-    collection = heads.Study(pictures, twins, nothing, np.zeros(16), [], [], 0, {"mine": task})
-    meter = {"by picture": [1.0], "by group": [], "recognised": [0.5], "commonest": [0.75]}
-    text = heads.survey(collection, task, meter)
-    sick, well, both = (line.split() for line in text.splitlines()[2:5])
-    assert sick == ["sick", "4", "2", "1", "4", "0", "0", "2", "2"]
-    assert well == ["well", "2", "2", "0", "2", "1", "0", "1", "0"]
-    assert both == ["all", "6", "4", "1", "6", "1", "0", "3", "2"]
-    assert "3 of the 3 Testing pictures have a twin in Training: 1 pixel for pixel, 2 mirr" in text
-    assert "2 Training pictures share a group with one of Testing; all of them are left out" in text
-    assert "50.0% of the tested" in text and "1.000 by picture, n/a by group" in text
-    assert "known of 0 of 6 pictures; --group-pattern says" in text
-    assert "2 pictures are left out: a twin has another label" in text
-    assert "It cannot be probed: class 'sick'" in text
+def test_the_look_during_pretraining_asks_val_images_for_training_neighbours(monkeypatch):
+    """In val the labels are swapped, so that whoever is asked, his neighbours are wrong."""
+    setup = make_setup(40, 20)
+    task, spy = setup.task, Spy(setup.images.squares)
+    swapped = np.where(task.split == "val", 1 - task.labels, task.labels)
+    images, task = SimpleNamespace(squares=spy), replace(task, labels=swapped)
+    assert heads.knn_accuracy(setup.encoder, images, task, SCALING, CPU) < 0.3
+    assert spy.rows == set(task.rows[:60])  # neither test nor dropped
+    monkeypatch.setattr(heads, "KNN_MOST", 5)
+    spy.rows = set()
+    heads.knn_accuracy(setup.encoder, images, task, SCALING, CPU)
+    assert len(spy.rows) == 10
+    task = replace(task, split=np.full(len(task.rows), "train"))
+    assert heads.knn_accuracy(setup.encoder, images, task, SCALING, CPU) is None
 
 
 # --- fine-tuning -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def short_epochs(monkeypatch):
-    monkeypatch.setattr(heads, "LEAST_STEPS", 4)
+def test_fine_tuning_learns_and_ends_with_the_weights_of_its_best_epoch(monkeypatch):
+    monkeypatch.setattr(heads, "LEAST_STEPS", 6)
+    setup = make_setup()
+    classifier, records = tuned(setup, 2, 8, (1e-4, 1e-3))
+    peaks = [(record["epoch"], record["peak_lr"]) for record in records]
+    assert peaks == [(1, 1e-4), (2, 1e-4), (3, 1e-3), (4, 1e-3)]
+    val = setup.task.part("val")
+    score = heads.validate(heads.part_probs(setup, classifier, "val"), setup.task.labels[val])
+    assert score.items() < max(records, key=heads.merit).items() and score["val_accuracy"] > 0.8
+    assert not torch.equal(classifier.encoder.conv1.weight, setup.encoder.conv1.weight)
 
 
-def stripes(n: int, seed: int = 0) -> tuple[np.ndarray, torch.Tensor]:
-    """Pictures of 32 px whose class is the way their stripes run."""
-    rng, y, x = np.random.default_rng(seed), *np.mgrid[:32, :32]
-    labels = np.arange(n) % 2
-    waves = [np.sin((y if k else x) * 0.8 + rng.uniform(0, 6)) for k in labels]
-    noise = rng.normal(0, 30, (n, 32, 32))
-    return (127 + 90 * np.stack(waves) + noise).clip(0, 255).astype(np.uint8), torch.tensor(labels)
+def test_each_peak_begins_anew_with_its_own_warm_up_and_no_view_comes_twice(monkeypatch):
+    """Else the second peak would go on where the first one ended, and look better than it is."""
+    rates, seeds, moved = [], [], []
+    one_view, set_lr = simclr.one_view, simclr.set_lr
+
+    def spy(images, generator, *how):
+        seeds.append(generator.initial_seed())
+        return one_view(images, generator, *how)
+
+    def note(optimizer, lr):
+        rates.append(lr)
+        set_lr(optimizer, lr)
+
+    monkeypatch.setattr(simclr, "one_view", spy)
+    monkeypatch.setattr(simclr, "set_lr", note)
+    setup = make_setup(8)
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 4))
+    encoder.feature_dim = 4
+    classifier = heads.Classifier(encoder, torch.nn.Linear(4, 2))
+    first = classifier.head.weight.detach().clone()
+    for _, state in heads.finetune(setup, classifier, heads.FineTuning(20, 4, (1e-4, 1e-4))):
+        assert state["optimizer"]["state"][0]["step"] == 3 * ((state["finished"] - 1) % 20 + 1)
+        moved.append((classifier.head.weight - first).abs().max())
+    assert rates == 2 * [simclr.warmup_cosine(step, 60, 1e-4, 0.0) for step in range(60)]
+    assert rates[0] < rates[1] < rates[2] == max(rates) and rates[59] < 0.01 * rates[2]
+    assert moved[20] < 3 * 1e-4 < moved[19]  # AdamW moves a weight by the rate at most
+    assert len(set(seeds)) == 120
 
 
-def tuning(settings: heads.FineTuning, n: int = 24) -> simclr.Run:
-    encoder = heads.untrained("resnet18", settings.seed)
-    return heads.fine_tuning(encoder, 2, settings, n, CPU, bf16=False)
+def test_an_epoch_shows_every_image_equally_often_in_full_batches(monkeypatch):
+    monkeypatch.setattr(heads, "LEAST_STEPS", 10)
+    for n, steps, times in ((6, 10, {6, 7}), (50, 13, {1, 2})):
+        setup = make_setup(n)
+        setup.task.labels[:n] = np.arange(n)  # so that an image is known by its label
+        batches = list(heads.augmented_batches(setup, heads.FineTuning(2, 4), 0, iter))
+        shown = torch.cat([labels for _, _, labels in batches])
+        assert len(batches) == steps and len(shown) == 4 * steps
+        assert set(np.bincount(shown, minlength=n)) == times
+        later = heads.augmented_batches(setup, heads.FineTuning(2, 4), 1, iter)
+        assert not torch.equal(next(later)[2], batches[0][2])  # another order in each epoch
 
 
-def parts(n: int = 24, n_val: int = 8) -> tuple[np.ndarray, tuple, tuple]:
-    """Pictures; rows and labels of a train part and a val part; the last picture is in neither."""
-    images, labels = stripes(n + n_val + 1)
-    rows = np.arange(n + n_val)
-    return images, (rows[:n], labels[:n]), (rows[n:], labels[n : n + n_val])
-
-
-def test_fine_tuning_learns_and_ends_with_the_weights_of_its_best_epoch(short_epochs):
-    images, train, val = parts()
-    run = tuning(heads.FineTuning(epochs=3, batch_size=8, lrs=(1e-4, 1e-3)))
-    first = {name: value.clone() for name, value in run.networks.state_dict().items()}
-    steps = list(heads.finetune(run, images, train, val))
-    assert len(steps) == 2 * 3 * 4  # of 24 pictures, three steps would be a pass
-    records = [record for record in steps if record]
-    assert records == run.records and [r["epoch"] for r in records] == [1, 2, 3, 4, 5, 6]
-    assert [r["peak_lr"] for r in records] == [1e-4] * 3 + [1e-3] * 3
-    best = max((r["val_accuracy"], -r["val_loss"]) for r in records)
-    h = heads.features_of(run.networks["encoder"], SCALING, images[val[0]], CPU)
-    score = heads.score(run.networks["head"], h, val[1])
-    assert score == pytest.approx((-best[1], best[0]), abs=1e-5) and best[0] > 0.8
-    chosen = next(r["peak_lr"] for r in records if -r["val_loss"] == best[1])
-    assert run.best["peak_lr"] == chosen
-    assert not torch.equal(run.networks["encoder"].conv1.weight, first["encoder.conv1.weight"])
-
-
-def test_each_learning_rate_begins_with_the_same_weights_and_its_own_schedule(
-    short_epochs, monkeypatch
-):
-    """Else the second would go on where the first one ended, and look better than it is."""
-    images, train, val = parts()
-    run = tuning(heads.FineTuning(epochs=2, batch_size=8, lrs=(1e-3, 1e-3)))
-    seen, rates, seeds, draw = [], [], [], data.draw_views
-    monkeypatch.setattr(simclr, "set_lr", lambda optimizer, lr: rates.append(lr))
-    monkeypatch.setattr(
-        data, "draw_views", lambda V, g: seeds.append(g.initial_seed()) or draw(V, g)
-    )
-    for i, _ in enumerate(heads.finetune(run, images, train, val)):
-        if i % 8 == 0:
-            moved = run.networks["head"].weight - run.first["head.weight"]
-            assert 0 < moved.abs().max() < 1.1e-3  # AdamW's first step: the learning rate
-            seen.append(run.optimizer.state_dict()["state"][0]["step"].item())
-    assert seen == [1, 1]  # AdamW counts anew
-    assert rates[:8] == rates[8:] and len(rates) == 16
-    assert len(set(seeds)) == 16  # no step sees the views of another
-    assert rates[0] == max(rates) == pytest.approx(1e-3)  # 5 % of 8 steps: up at once
-    assert rates[7] < 0.05 * rates[0] and sorted(rates[:8], reverse=True) == rates[:8]
-    long = tuning(heads.FineTuning(epochs=10, batch_size=2))  # 120 steps, of which 6 warm up
-    rates.clear()
-    steps = heads.finetune(long, images, (train[0][:8], train[1][:8]), val)
-    for _ in range(8):
-        next(steps)
-    assert np.diff(rates)[:5] == pytest.approx([1e-4 / 6] * 5, rel=0.1) and rates[7] < rates[6]
-
-
-def test_a_fine_tuning_restored_after_any_step_ends_as_if_it_had_never_stopped(short_epochs):
-    """To the bit, and over the border between two learning rates."""
-    images, train, val = parts()
-    settings = heads.FineTuning(epochs=1, batch_size=8, lrs=(1e-4, 1e-3))
-    first, files = tuning(settings), []
-    for _ in heads.finetune(first, images, train, val):
-        files.append(io.BytesIO())
-        torch.save(first.state(), files[-1])
-    for done in (1, 3, 4, 5, 7):
-        files[done - 1].seek(0)
-        second = tuning(settings)
-        second.restore(torch.load(files[done - 1], weights_only=True))
-        assert (len(second.records), second.step) == divmod(done, 4)
+def test_an_interrupted_fine_tuning_goes_on_to_the_same_bits():
+    """From the file of any epoch, and over the border between two learning rates."""
+    setup, settings, files, records = make_setup(), heads.FineTuning(2, 8, (1e-4, 1e-3)), [], []
+    for done in range(5):
+        encoder, head = heads.untrained("tiny", 7), heads.new_head("linear", 512, 2, 0)
+        classifier, resume = heads.Classifier(encoder, head), None
+        if done:
+            files[done - 1].seek(0)
+            resume = torch.load(files[done - 1], weights_only=True)
+        later = []
+        for record, state in heads.finetune(setup, classifier, settings, resume):
+            later.append(record)
+            if not done:
+                files.append(io.BytesIO())
+                torch.save(state, files[-1])
+        records.append((later, copied(classifier)))
         torch.rand(7)
-        list(heads.finetune(second, images, train, val))
-        states = first.networks.state_dict(), second.networks.state_dict()
-        assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
-        losses = [[r["train_loss"] for r in run.records] for run in (first, second)]
-        assert losses[0] == losses[1]
+        assert later == records[0][0][done:] and same(copied(classifier), records[0][1])
 
 
-def test_fine_tuning_has_no_way_to_the_pictures_it_is_not_given(short_epochs):
-    """The row that belongs to neither part is replaced, and not a bit changes."""
-    weights = []
-    for other in (0, 255):
-        images, train, val = parts()
-        images[-1] = other
-        run = tuning(heads.FineTuning(epochs=1, batch_size=8))
-        list(heads.finetune(run, images, train, val))
-        weights.append(run.networks["head"].weight.detach().clone())
-    assert torch.equal(*weights)
+def test_fine_tuning_never_reads_an_image_that_is_neither_train_nor_val():
+    setup, weights = make_setup(), []
+    setup.images.squares = spy = Spy(setup.images.squares)
+    for label in (0, 1):
+        setup.task.labels[setup.task.part("test")] = label
+        weights.append(copied(tuned(setup, 1, 8)[0]))
+    assert spy.rows == set(setup.task.rows[:32]) and same(*weights)
 
 
-def test_without_a_val_part_the_last_epoch_counts(short_epochs):
-    images, train, _ = parts()
-    run = tuning(heads.FineTuning(epochs=2, batch_size=8))
-    list(heads.finetune(run, images, train, (np.zeros(0, int), torch.zeros(0).long())))
-    assert [r["val_loss"] for r in run.records] == [None, None]
-    last = run.best["networks"]["head.weight"]
-    assert torch.equal(last, run.networks["head"].weight) and run.finished
+def test_bf16_is_in_training_steps_alone_and_the_loss_is_float32(monkeypatch):
+    setup, seen, losses, entropy = make_setup(), set(), set(), heads.F.cross_entropy
+    monkeypatch.setattr(heads.F, "cross_entropy", lambda x, y: losses.add(x.dtype) or entropy(x, y))
+    classifier = heads.Classifier(setup.encoder, heads.new_head("linear", 512, 2, 0))
+    classifier.encoder.layer4[0].conv2.register_forward_hook(
+        lambda module, _, out: seen.add((module.training, out.dtype))
+    )
+    next(heads.finetune(replace(setup, bf16=True), classifier, heads.FineTuning(1, 8)))
+    assert seen == {(True, torch.bfloat16), (False, torch.float32)} and losses == {torch.float32}
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step():
+    head = heads.new_head("linear", 16, 3, 0)
+    head.bias.data[0] = torch.inf
+    before = copied(head)
+    with pytest.raises(data.UserError, match="the loss is nan.*--lr"):
+        heads.train_head(head, blobs(9), blobs(9), heads.Probing(1))
+    assert same(copied(head), before)
 
 
 # --- a comparison ------------------------------------------------------------------------------
 
 
-def many_people(people: int = 60) -> heads.Task:
-    """Two to four slices a person; the last class is one slice, the least of its person's."""
-    rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(people), rng.integers(2, 5, people))
+def many_people():
+    """60 people of two to four slices; person 8 has slices of both classes, person 7 one of c."""
+    groups = np.repeat(np.arange(60), np.random.default_rng(0).integers(2, 5, 60))
     labels = groups % 2
-    labels[np.flatnonzero(groups == 7)[0]] = 2
-    labels[np.flatnonzero(groups == 8)[0]] = 1  # a person of two labels, mostly 0
+    labels[np.flatnonzero(groups == 7)[0]], labels[np.flatnonzero(groups == 8)[0]] = 2, 1
     split = np.select([groups % 10 == 0, groups % 10 == 1], ["test", "val"], "train")
-    n = np.arange(len(groups))
-    return heads.Task("mine", ("a", "b", "c"), n, labels, groups, np.full(len(n), ""), split, {})
+    return make_task(labels, split, groups)
 
 
 def test_labelled_groups_are_nested_stratified_and_never_cut():
-    task = many_people()
-    kept = {}
+    task, labelled = many_people(), {}
+    train = task.split == "train"
     for fraction in (0.01, 0.1, 0.5, 1.0):
         cut = heads.label_subset(task, fraction, seed=3)
-        assert (cut.split[task.split != "train"] == task.split[task.split != "train"]).all()
-        labelled = set(cut.groups[cut.split == "train"])
-        assert not labelled & set(cut.groups[cut.split == "unlabelled"])
-        assert set(cut.labels[cut.split == "train"]) == {0, 1, 2}  # the class of one slice, too
-        sizes = [len({g for g in labelled if g % 2 == k}) for k in (0, 1)]
-        whole = [len({g for g in task.groups[task.split == "train"] if g % 2 == k}) for k in (0, 1)]
-        few, many = (max(1, round(fraction * n)) for n in whole)
-        assert 7 in labelled and sizes[0] == few and sizes[1] in (many, many + 1)
-        kept[fraction] = labelled
-    assert kept[0.01] < kept[0.1] < kept[0.5] < kept[1.0]
+        kept = cut.split == "train"
+        labelled[fraction] = set(cut.groups[kept])
+        assert (cut.split[~train] == task.split[~train]).all()
+        assert not labelled[fraction] & set(cut.groups[cut.split == "unlabelled"])
+        for label, group_count in ((0, 24), (1, 25), (2, 1)):  # person 8 is one of both
+            least = max(1, round(fraction * group_count))
+            assert least <= len(set(cut.groups[kept & (task.labels == label)])) <= least + 2
+    assert labelled[0.01] < labelled[0.1] < labelled[0.5] < labelled[1.0]
+    assert labelled[1.0] == set(task.groups[train])
     other = heads.label_subset(task, 0.1, seed=4)
-    assert set(other.groups[other.split == "train"]) != kept[0.1]
+    assert set(other.groups[other.split == "train"]) != labelled[0.1]
 
 
-def test_a_comparison_gives_all_methods_the_same_labels_and_counts_what_they_train(short_epochs):
-    task = many_people()
-    images, _ = stripes(len(task.rows))
-    encoder = simclr.resnet18()
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    checkpoint = {"arch": "resnet18", **SCALING}
-    settings = heads.FineTuning(epochs=1, batch_size=16)
-    on = heads.Comparison(task, images, encoder, checkpoint, settings, CPU, False)
-    plan = [(0.1, 0, m) for m in evaluate.METHODS] + [(0.1, 1, "knn"), (0.3, 0, "untrained")]
-    steps, cells = 0, []
-    for cell in on.fit(plan):
-        cells += [cell] if cell else []
-        steps += cell is None
-    assert steps == on.count_steps(plan) == 4 * (1 + len(heads.SCRATCH_LRS))
-    assert [(c["fraction"], c["seed"], c["method"]) for c in cells] == plan
-    assert len({(c["groups"], c["pictures"]) for c in cells[:5]}) == 1
-    assert cells[0]["groups"] in (4, 5)  # two of each class, and who has the slice of the third
-    trained = {c["method"]: c["parameters"] for c in cells[:5]}
-    network = sum(p.numel() for p in encoder.parameters()) + 3 * 512 + 3
-    head = sum(p.numel() for p in heads.CosineMLP(512, 3).parameters())
-    assert trained == {"probe": head, "finetune": network, "scratch": network, "untrained": head,
-                       "knn": 0}  # fmt: skip
-    assert all(np.shape(c["probs"]) == ((task.split == "test").sum(), 3) for c in cells)
-    assert all(np.allclose(np.sum(c["probs"], axis=1), 1) for c in cells)
-    assert cells[2]["lr"] in heads.SCRATCH_LRS and cells[1]["lr"] == 1e-4
-    assert len({json.dumps(c["probs"]) for c in cells}) == len(cells)  # each its own answer
-    assert all(torch.equal(value, before[k]) for k, value in encoder.state_dict().items())
-    other = dataclasses.replace(on, encoder=simclr.resnet18())  # from scratch it plays no part
-    *_, again = other.fit([(0.1, 0, "scratch")])
-    assert again["probs"] == cells[2]["probs"]
-    fits = [cell for cell in on.fit([(1.0, seed, "finetune") for seed in (0, 1)]) if cell]
-    assert fits[0]["probs"] != fits[1]["probs"]  # on the same labels, from another head
+def test_patients_of_both_classes_count_for_both():
+    """Each has slices with and without the lesion, and 10 % of them are still 10 %."""
+    task = make_task(np.arange(100) % 2, np.full(100, "train"), np.repeat(np.arange(50), 2))
+    cut = heads.label_subset(task, 0.1, seed=0)
+    assert len(np.unique(cut.groups[cut.part("train")])) == 5
 
 
-def test_the_look_during_pretraining_asks_val_pictures_for_training_neighbours():
-    """In the val part the labels are swapped, so whoever is asked, his neighbours are wrong."""
-    images, labels = stripes(60)
-    split = np.array(["train"] * 40 + ["val"] * 20)
-    swapped = np.where(split == "val", 1 - labels.numpy(), labels.numpy())
-    rows = np.arange(60)
-    task = heads.Task("mine", ("a", "b"), rows, swapped, rows, split, split, {})
-    pictures = data.Pictures([], None, None, {}, {"square": images}, rows)
-    encoder = heads.untrained("resnet18", 0)
-    accuracy = heads.knn_accuracy(encoder, SCALING, pictures, task, CPU, False)
-    assert accuracy < 0.3
-    nobody = dataclasses.replace(task, split=np.full(60, "train"))
-    assert heads.knn_accuracy(encoder, SCALING, pictures, nobody, CPU, False) is None
+def test_every_method_gets_the_same_labels_and_says_what_it_trained(monkeypatch):
+    monkeypatch.setattr(heads, "LEAST_STEPS", 1)
+    task, settings = many_people(), heads.FineTuning(1, 16)
+    setup = replace(make_setup(len(task.rows)), task=task)
+    setup.images.squares = spy = Spy(setup.images.squares)
+    before, fits = copied(setup.encoder), {}
+    for method in evaluate.METHODS:
+        fits[method] = heads.fit(setup, method, 0.1, 0, settings)
+    cut = heads.label_subset(task, 0.1, 0)
+    assert spy.rows == set(cut.rows[cut.split != "unlabelled"])
+    network = sum(p.numel() for p in setup.encoder.parameters()) + 3 * 512 + 3
+    sizes = {"probe": 329_985, "untrained": 329_985, "finetune": network, "scratch": network}
+    sizes |= {"linear": 3 * 512 + 3, "knn": 0}
+    for method, fit in fits.items():
+        assert fit == json.loads(json.dumps(fit)) and fit["method"] == method
+        assert (fit["fraction"], fit["seed"], fit["parameters"]) == (0.1, 0, sizes[method])
+        assert fit["images"] == len(cut.part("train")) and fit["seconds"] > 0
+        assert fit["groups"] == len(set(cut.groups[cut.part("train")]))
+        assert np.shape(fit["probs"]) == (len(task.part("test")), 3)
+        assert np.allclose(np.sum(fit["probs"], axis=1), 1)
+    assert len({json.dumps(fit["probs"]) for fit in fits.values()}) == 6  # each its own answer
+    assert fits["probe"]["lr"] is None and fits["finetune"]["lr"] == 1e-4
+    assert same(copied(setup.encoder), before)
+    other = replace(setup, encoder=heads.untrained("tiny", 9))
+    for method, depends in (("scratch", False), ("untrained", False), ("finetune", True)):
+        again = heads.fit(other, method, 0.1, 0, settings)
+        assert (again["probs"] != fits[method]["probs"]) == depends
+    seeds = [heads.fit(setup, "finetune", 1.0, seed, settings)["probs"] for seed in (0, 1)]
+    assert seeds[0] != seeds[1]  # all labels; another head, order, views
+
+
+def test_from_scratch_val_chooses_among_three_rates(monkeypatch):
+    peaks, accuracies, warmup = [], iter([0.5, 0.9, 0.8]), simclr.warmup_cosine
+    score = {"val_loss": 1.0}
+    monkeypatch.setattr(heads, "validate", lambda *_: score | {"val_accuracy": next(accuracies)})
+    monkeypatch.setattr(simclr, "warmup_cosine", lambda *a: peaks.append(a[2]) or warmup(*a))
+    fit = heads.fit(make_setup(), "scratch", 1.0, 0, heads.FineTuning(1, 64))
+    assert peaks == [1e-4] * 3 + [3e-4] * 3 + [1e-3] * 3 and fit["lr"] == 3e-4
+
+
+# --- classifier.pt -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A probe's classifier.pt: the file, what it was made from, the probe's own probabilities."""
+    setup = make_setup()
+    features = heads.task_features(setup, setup.encoder)
+    head, _, probs = heads.fit_probe(features, setup.task, heads.Probing(epochs=2), "cosine_mlp")
+    path, classifier = tmp_path / "classifier.pt", heads.Classifier(setup.encoder, head)
+    heads.save_classifier(path, classifier, setup, "cosine_mlp", 1.5, setup.checkpoint["config"])
+    return path, setup, probs
+
+
+def test_a_classifier_comes_back_with_its_memory_and_answers_in_the_same_digits(saved):
+    path, setup, probs = saved
+    classifier, checkpoint = heads.load_classifier(path)
+    assert setup.checkpoint.keys() < checkpoint.keys() and not classifier.training
+    assert (checkpoint["task"], checkpoint["classes"]) == ("mine", ["a", "b"])
+    assert (checkpoint["temperature"], checkpoint["epoch"]) == (1.5, 3)
+    used = setup.images.hashes[setup.task.rows[:32]]  # train and val; bytes(16): the encoder's own
+    assert set(map(bytes, checkpoint["seen"].numpy())) == {bytes(16), *map(bytes, used)}
+    squares, rows = setup.images.squares, setup.task.rows[setup.task.part("test")]
+    for k, row in enumerate(rows):  # one file at a time, as `predict` may be asked
+        alone = heads.predict_probs(classifier, squares, np.array([row]), checkpoint, CPU)
+        assert np.allclose(alone[0], probs["test"][k], rtol=0, atol=1e-12)
+    with torch.no_grad():
+        logits = classifier((torch.tensor(squares[rows])[:, None] / 255 - 0.5) / 0.5)
+    assert np.allclose(logits.softmax(dim=1), probs["test"], atol=1e-5)
+
+
+SPOILT = {
+    "no head": lambda c: c.pop("head"),
+    "an unknown head": lambda c: c.update(head_type="forest"),
+    "another head's weights": lambda c: c.update(head_type="linear"),
+    "a class too few": lambda c: c["classes"].pop(),
+    "half an encoder": lambda c: c["encoder"].pop("conv1.weight"),
+    "a path for a task": lambda c: c.update(task="../mine"),
+    "temperature 0": lambda c: c.update(temperature=0.0),
+    "nothing on what it saw": lambda c: c.pop("seen"),
+}
+
+
+@pytest.mark.parametrize("how", [*SPOILT, "not there", "no checkpoint", "half a file"])
+def test_a_spoilt_classifier_is_one_clear_line(saved, how):
+    path = saved[0]
+    if how in SPOILT:
+        checkpoint = torch.load(path, weights_only=True)
+        SPOILT[how](checkpoint)
+        torch.save(checkpoint, path)
+    elif how == "not there":
+        path.unlink()
+    else:
+        path.write_bytes(b"scan" if how == "no checkpoint" else path.read_bytes()[:50_000])
+    with pytest.raises(data.UserError, match="classifier.pt") as caught:
+        heads.load_classifier(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_elsewhere_everything_is_tested_but_what_was_seen_or_dropped():
+    """Image 0 was trained on, image 1 is of its patient, image 5 contradicts a near-duplicate."""
+    hashes, groups = np.arange(8, dtype=np.uint8)[:, None].repeat(16, 1), np.arange(8)
+    groups[1] = 0
+    study = SimpleNamespace(images=SimpleNamespace(hashes=hashes), groups=groups)
+    split = np.array(["train", "val", "test", "train", "train", "dropped", "test", "val"])
+    task = make_task(np.arange(8) % 2, split, groups)
+    task = replace(task, rows=np.arange(8), classes=("c", "b"))
+    checkpoint = {"classes": ["a", "b", "c"], "seen": torch.from_numpy(hashes[:1])}
+    own = heads.unseen_task(study, task, checkpoint)
+    assert own.part("test").tolist() == [2, 3, 4, 6, 7]
+    assert own.classes == ("a", "b", "c") and own.labels.tolist() == [2, 1] * 4
+    assert (own.notes["dropped_as_seen"], own.notes["dropped_by_the_split"]) == (2, 1)
+    with pytest.raises(data.UserError, match="'c', 'b'.*'b', 'd'"):
+        heads.unseen_task(study, task, checkpoint | {"classes": ["b", "d"]})
+    with pytest.raises(data.UserError, match="no image of mine is left"):
+        heads.unseen_task(study, task, checkpoint | {"seen": torch.from_numpy(hashes)})

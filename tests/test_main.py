@@ -1,15 +1,32 @@
-"""main.py: both commands from end to end, what they leave behind, and what they refuse."""
+"""main.py from end to end: what every command leaves behind, says, survives and refuses.
 
+One small world is made once: scans of two tasks, loose scans, another hospital's, and every command
+run on them in order (`world`). The tests read what that left, and run more beside it. The network is
+a ResNet with one block a stage; processes are killed at a given step, so nothing depends on speed.
+"""
+
+import contextlib
 import csv
 import hashlib
+import io
+import itertools
 import json
+import multiprocessing
 import os
+import pickle
+import pkgutil
+import re
+import runpy
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
+import fuzz
 import numpy as np
 import pytest
 import torch
@@ -22,921 +39,700 @@ import main
 import simclr
 
 HERE = Path(main.__file__).parent
+SCANS, SIZE = ["--data", "scans"], ["--image-size", "32"]
+MINE = [*SCANS, "--task", "mine"]
+MODEL = ["--model", "runs/probe-mine/classifier.pt"]
+PRETRAIN = ["pretrain", *SCANS, *SIZE, "--batch-size", "16", "--epochs"]
+# Names that a table, a page or a terminal could take for something else.
+NAMES = ["=1+1", "two\nlines", "<b>&amp;|", "\x1b[31m", "a\r=2", "-脑é", os.fsdecode(b"\xff\xfe")]
 
 
-@pytest.fixture(autouse=True)
-def small_world(tmp_path, monkeypatch):
-    """Few, small phantoms, and an empty folder to run in."""
-    monkeypatch.setattr(data, "PHANTOM_PATIENTS", 8)
-    sizes = {"image_size": 32, "batch_size": 32, "epochs": 2}
-    monkeypatch.setattr(main, "PHANTOM_DEFAULTS", sizes)
-    monkeypatch.chdir(tmp_path)
+def shrink(setattr=setattr) -> None:
+    """Make network, phantoms, epochs and resampling small."""
+    shallow = partial(simclr.ResNet, simclr.BasicBlock, (1, 1, 1, 1), 1)
+    setattr(simclr, "ARCHITECTURES", {"resnet18": shallow, "resnet50": simclr.resnet50})
+    setattr(data, "PHANTOM_PATIENTS", 3)
+    setattr(main, "PHANTOM_DEFAULTS", {"image_size": 32, "batch_size": 32, "epochs": 1})
+    setattr(heads, "LEAST_STEPS", 2)
+    setattr(evaluate, "RESAMPLES", 50)
 
 
-def rows_of(path: str) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
+def plant(folder: Path, classes: str, patients=7, slices=2, seed=0) -> None:
+    """Random images, brighter from class to class; people are named after folder and class."""
+    rng = np.random.default_rng(seed)
+    name = itertools.cycle(NAMES)
+    for k, label in enumerate(classes.split()):
+        for patient in range(patients):
+            home = folder / label / f"sub-{folder.parent.name}{label}{seed}{patient}"
+            home.mkdir(parents=True)
+            for _ in range(slices):
+                pixels = rng.integers(60 * k, 60 * k + 130, (40, 40), dtype=np.uint8)
+                Image.fromarray(pixels).save(home / f"{next(name)}.png")
+
+
+def run(*words: str) -> str:
+    """Run a command that has to succeed; what it says."""
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
+        assert main.main(list(words)) == 0, screen.getvalue()
+    return screen.getvalue()
+
+
+def refused(*words: str) -> str:
+    """Run a command that has to fail; the one line it says on standard error."""
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+        assert main.main(list(words)) == 2, words
+    line = errors.getvalue()
+    assert re.fullmatch(r"error: [^\n]+\n", line), line
+    return line
+
+
+def table(path: str) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 
-def plant(root: Path, task: str = "mine", patients: int = 8, seed: int = 0) -> None:
-    """Two classes of random pictures; one to three slices a patient, so that parts differ."""
-    rng = np.random.default_rng(seed)
-    for class_ in ("sick", "well"):
-        for patient in range(patients):
-            for i in range(1 + patient % 3):
-                path = root / task / class_ / f"sub-{class_}{patient}" / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8)).save(path)
+def lines(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def pretrained_on_all(tmp_path: Path) -> None:
-    """An encoder of the same pictures in a flat folder, so that nothing was held out."""
-    flat = tmp_path / "flat" / "all"
-    flat.mkdir(parents=True)
-    for i, path in enumerate(sorted((tmp_path / "scans").rglob("*.png"))):
-        (flat / f"{i}.png").write_bytes(path.read_bytes())
-    main.main(["pretrain", "--data", "flat", "--epochs", "0", "--image-size", "32"])
+def next_command(said: str) -> list[str]:
+    """The words after main.py in the last line that a command printed."""
+    last = said.splitlines()[-1]
+    assert last.startswith("next: python main.py "), last
+    return shlex.split(last)[3:]
 
 
-def refused(capsys, *words: str) -> str:
-    """Run a command that must fail; the one line it says."""
-    capsys.readouterr()
-    assert main.main(list(words)) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
-    return error
-
-
-# --- both commands -----------------------------------------------------------------------------
-
-
-def test_pretrain_then_probe_writes_every_artifact(capsys):
-    assert main.main(["pretrain"]) == 0
-    out = capsys.readouterr().out
-    assert (
-        "source tumor (tumor): 72 of 96 pictures are used" in out
-        and "next: python main.py probe --task tumor" in out
-    )
-    run = Path("runs/phantoms/pretrain")
-    assert {p.name for p in run.iterdir()} == {
-        "config.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "curve.png"
-    }  # fmt: skip
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [r["epoch"] for r in records] == [1, 2]
-    assert set(records[0]) == {
-        "epoch", "loss", "lr", "contrastive_accuracy", "embedding_std", "images_per_second",
-        "seconds",
-    }  # fmt: skip
-    encoder = torch.load(run / "encoder.pt", weights_only=True)
-    assert set(encoder) == {
-        "arch", "encoder", "feature_dim", "image_size", "mean", "std", "epoch", "config", "seen"
-    }  # fmt: skip
-    assert encoder["encoder"]["conv1.weight"].shape == (64, 1, 7, 7)
-    assert encoder["seen"].shape == (encoder["config"]["pictures"], 16)
-    assert encoder["seen"].dtype == torch.uint8 and isinstance(encoder["mean"], float)
-    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert set(checkpoint) == {
-        "encoder", "projection_head", "optimizer", "epoch", "step", "sums", "seconds", "records",
-        "best", "config",
-    }  # fmt: skip
-
-    assert main.main(["probe", "--task", "tumor", "--epochs", "5"]) == 0
-    out = capsys.readouterr().out
-    assert "f1-score" in out and "untrained encoder" in out and "raw 32x32 pixels" in out
-    run = Path("runs/phantoms/probe-tumor")
-    assert {p.name for p in run.iterdir()} == {
-        "config.json", "log.jsonl", "classifier.pt", "splits.csv", "predictions.csv",
-        "metrics.json", "report.txt", "confusion.png", "curve.png", "roc.png", "reliability.png",
-    }  # fmt: skip
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["task"] == "tumor" and metrics["leaked"] is False
-    assert metrics["classes"] == ["glioma", "meningioma", "notumor", "pituitary"]
-    assert set(metrics["ci95"]) == {"accuracy", "balanced_accuracy", "macro_f1", "auroc"}
-    assert metrics["ci95"]["accuracy"][0] <= metrics["accuracy"] <= metrics["ci95"]["accuracy"][1]
-    assert metrics["baseline"]["n"] == metrics["n"] == np.sum(metrics["confusion_matrix"])
-    assert (run / "report.txt").read_text() in out
-    config = json.loads((run / "config.json").read_text())
-    assert config["phantoms"] is True and len(config["fingerprint"]) == 64
-
-
-def test_predictions_and_splits_say_what_the_metrics_say():
-    """From the written tables alone: the score, and that no group is on two sides."""
-    main.main(["pretrain", "--epochs", "0"])
-    main.main(["probe", "--task", "stroke", "--epochs", "3"])
-    predictions = rows_of("runs/phantoms/probe-stroke/predictions.csv")
-    metrics = json.loads(Path("runs/phantoms/probe-stroke/metrics.json").read_text())
-    right = [row["label"] == row["prediction"] for row in predictions]
-    assert metrics["accuracy"] == pytest.approx(sum(right) / len(right))
-    assert metrics["n_groups"] == len({row["group"] for row in predictions})
-    for row in predictions:
-        probs = {name: float(row[f"p_{name}"]) for name in metrics["classes"]}
-        assert (
-            sum(probs.values()) == pytest.approx(1)
-            and max(probs, key=probs.get) == row["prediction"]
-        )
-    splits = rows_of("runs/phantoms/probe-stroke/splits.csv")
-    assert list(splits[0]) == ["path", "label", "group", "split", "pixel_hash"]
-    assert {r["path"] for r in splits if r["split"] == "test"} == {r["path"] for r in predictions}
-    sides: dict[str, set[str]] = {}
-    for row in splits:
-        sides.setdefault(row["group"], set()).add(row["split"])
-    assert all(len(parts) == 1 for parts in sides.values())
-    encoder = torch.load("runs/phantoms/pretrain/encoder.pt", weights_only=True)
-    seen = {row.numpy().tobytes().hex() for row in encoder["seen"]}
-    held = {row["pixel_hash"] for row in splits if row["split"] in ("val", "test")}
-    assert held and not held & seen
-    assert {row["pixel_hash"] for row in splits if row["split"] == "train"} <= seen
-
-
-def test_a_classifier_is_all_that_using_it_needs():
-    """Encoder and head rebuilt from classifier.pt alone give the written probabilities."""
-    main.main(["pretrain", "--epochs", "1"])
-    main.main(["probe", "--task", "ms", "--epochs", "3"])
-    encoder, checkpoint = simclr.load_encoder(Path("runs/phantoms/probe-ms/classifier.pt"))
-    head = heads.CosineMLP(checkpoint["feature_dim"], len(checkpoint["classes"]))
-    head.load_state_dict(checkpoint["head"])
-    rows = rows_of("runs/phantoms/probe-ms/predictions.csv")[:6]
-    squares = [data.fit_square(data.draw_phantom(r["path"])[0], 32) for r in rows]
-    h = heads.features_of(encoder, checkpoint, np.stack(squares), torch.device("cpu"))
-    probs = heads.probabilities(head, h).numpy()
-    written = [[float(row[f"p_{name}"]) for name in checkpoint["classes"]] for row in rows]
-    assert np.allclose(probs, written, atol=1e-5)
-
-
-@pytest.mark.parametrize("task", sorted(data.KNOWN_TASKS))
-def test_every_task_of_the_phantoms_can_be_probed(task):
-    main.main(["pretrain", "--epochs", "0"])
-    assert main.main(["probe", "--task", task, "--epochs", "1"]) == 0
-
-
-def test_real_folders_go_through_both_commands_and_batches_shrink(tmp_path, capsys, asked):
-    plant(tmp_path / "scans", seed=1)
-    size = ["--image-size", "32"]
-    assert main.main(["pretrain", "--data", "scans", "--epochs", "1", *size]) == 0
-    out = capsys.readouterr().out
-    assert "the batch shrinks from 512 to 22: 22 pictures are there" in out
-    assert "next: python main.py probe --data scans --task mine" in out
-    assert main.main(["probe", "--data", "scans", "--task", "mine", "--epochs", "2"]) == 0
-    check_choices(Path("runs/probe-mine"), asked)
-    assert not (tmp_path / "scans" / "runs").exists()
-    assert json.loads(Path("runs/probe-mine/config.json").read_text())["phantoms"] is False
-    metrics = json.loads(Path("runs/probe-mine/metrics.json").read_text())
-    predictions = rows_of("runs/probe-mine/predictions.csv")
-    labels = [metrics["classes"].index(row["label"]) for row in predictions]
-    probs = [[float(row[f"p_{name}"]) for name in metrics["classes"]] for row in predictions]
-    groups = [row["group"] for row in predictions]
-    again = evaluate.group_bootstrap(np.array(labels), np.array(probs), np.array(groups))
-    assert metrics["n_groups"] == len(set(groups)) and metrics["ci95"].keys() == again.keys()
-    sizes = [
-        sum(row["split"] == part for row in rows_of("runs/probe-mine/splits.csv"))
-        for part in ("val", "test")
-    ]
-    assert sizes[0] != sizes[1] == metrics["n"]  # else labels of the wrong part might pass
-
-
-def test_bf16_runs_where_it_is_asked_for(tmp_path):
-    plant(tmp_path / "scans")
-    flags = ["--data", "scans", "--precision", "bf16"]
-    assert main.main(["pretrain", *flags, "--epochs", "1", "--image-size", "32"]) == 0
-    assert main.main(["probe", *flags, "--task", "mine", "--epochs", "1"]) == 0
-    config = json.loads(Path("runs/probe-mine/config.json").read_text())
-    assert config["precision"] == config["pretraining"]["precision"] == "bf16"
-
-
-def test_no_validation_group_in_a_class_of_two_patients_still_probes(tmp_path):
-    plant(tmp_path / "scans", patients=2)
-    main.main(["pretrain", "--data", "scans", "--epochs", "0", "--image-size", "32"])
-    assert main.main(["probe", "--data", "scans", "--task", "mine", "--epochs", "2"]) == 0
-
-
-def test_the_split_is_the_same_for_every_seed(tmp_path):
-    plant(tmp_path / "scans")
-    tables = []
-    for seed in ("0", "1"):
-        flags = ["--data", "scans", "--seed", seed]
-        main.main(["pretrain", *flags, "--epochs", "0", "--image-size", "32", "--restart"])
-        main.main(["probe", *flags, "--task", "mine", "--epochs", "1"])
-        tables.append(Path("runs/probe-mine/splits.csv").read_text())
-    assert tables[0] == tables[1]
-
-
-def test_data_says_what_is_there_and_its_table_can_be_checked_from_outside(tmp_path, capsys):
-    """From the files and splits.csv alone, slowly: hashes, patients, and twins across the parts."""
-    plant(tmp_path / "scans")
-    plant(tmp_path / "scans", "else", seed=5)
-    rng = np.random.default_rng(3)
-    for i, path in enumerate(sorted((tmp_path / "scans").rglob("*.png"))[::3]):
-        pixels = np.asarray(Image.open(path))
-        copy = Image.fromarray(pixels[:, ::-1] if i % 2 else pixels)
-        other = rng.choice(sorted(path.parents[1].iterdir()))  # another patient, same class
-        copy.save(other / f"copy{i}.jpg", quality=95)
-    (tmp_path / "scans" / "notes.txt").write_text("no picture")
-    (tmp_path / "scans" / "broken.png").write_bytes(b"")
-    for name in ("broken2", "broken3", "broken4", "broken5", "broken6", "broken7"):
-        (tmp_path / "scans" / f"{name}.png").write_bytes(b"")  # too many for the others
-    assert main.main(["data", "--data", "scans", "--image-size", "32"]) == 0
-    out = capsys.readouterr().out
-    assert "7 unreadable, 1 other files" in out and "'broken3.png'" in out
-    assert "Leak meter" in out and "task mine" in out and "task else" in out
-    assert "7 of " in refused(capsys, "pretrain", "--data", "scans", "--image-size", "32")
-    for task in ("mine", "else"):
-        run = Path(f"runs/data-{task}")
-        assert {p.name for p in run.iterdir()} == {"splits.csv", "report.txt", "leak.png"}
-        rows = rows_of(run / "splits.csv")
-        thumbnails, sides = [], {}
-        for row in rows:
-            with Image.open(tmp_path / "scans" / row["path"]) as image:
-                gray = image.convert("L")
-            digest = hashlib.sha256(np.asarray(gray).tobytes()).hexdigest()
-            assert row["pixel_hash"] == digest[:32]
-            assert row["path"].split("/")[:2] == [task, row["label"]]
-            sides.setdefault(row["path"].split("/")[2], set()).add(row["split"])
-            t = np.asarray(gray.resize((32, 32), Image.Resampling.BOX)).astype(float)
-            thumbnails.append((t - t.mean()) / np.linalg.norm(t - t.mean()))
-        assert all(len(parts) == 1 for parts in sides.values())  # of a patient
-        assert {row["split"] for row in rows} == {"train", "val", "test"}
-        twins = 0
-        for i, a in enumerate(rows):
-            for j, b in enumerate(rows[:i]):
-                cosine = max(
-                    (thumbnails[i] * thumbnails[j]).sum(),
-                    (thumbnails[i] * thumbnails[j][:, ::-1]).sum(),
-                )
-                if cosine >= 0.98:
-                    twins += 1
-                    assert a["split"] == b["split"] and a["group"] == b["group"]
-        assert twins >= 4
-
-
-def test_the_split_is_the_same_in_every_command(tmp_path):
-    plant(tmp_path / "scans")
-    flags = ["--data", "scans"]
-    main.main(["data", *flags, "--out", "before"])  # at 128 pixels
-    main.main(["pretrain", *flags, "--epochs", "0", "--image-size", "32"])
-    main.main(["probe", *flags, "--task", "mine", "--epochs", "1", "--seed", "3"])
-    main.main(["data", *flags, "--task", "mine", "--out", "after"])
-    tables = [
-        Path(folder, "splits.csv").read_text()
-        for folder in ("before/mine", "runs/probe-mine", "after")
-    ]
-    assert tables[0] == tables[1] == tables[2]
-
-
-def test_a_folder_without_classes_is_described_and_nothing_is_written(tmp_path, capsys):
-    plant(tmp_path / "scans")
-    assert main.main(["data", "--data", "scans/mine/sick"]) == 0
-    assert "15 readable pictures are of no task" in capsys.readouterr().out
-    assert {path.name for path in Path("runs").iterdir()} == {"cache"}
-
-
-def test_a_pattern_and_resplit_shape_the_split_and_are_remembered(tmp_path, capsys):
-    for class_ in ("sick", "well"):
-        for i in range(30):
-            part = "Testing" if i > 24 else "Training"
-            path = tmp_path / "scans" / "mine" / part / class_ / f"{i // 2:02d}{class_}{i % 2}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            rng = np.random.default_rng([i, class_ == "sick"])
-            Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8)).save(path)
-    flags = ["--data", "scans", "--group-pattern", r"/(\d\d)(sick|well)", "--resplit"]
-    assert main.main(["pretrain", *flags, "--epochs", "0", "--image-size", "32"]) == 0
-    following = capsys.readouterr().out.splitlines()[-1]
-    assert "--group-pattern '/(\\d\\d)(sick|well)' --resplit --task mine" in following
-    assert main.main(["probe", *flags, "--task", "mine", "--epochs", "1"]) == 0
-    config = json.loads(Path("runs/probe-mine/config.json").read_text())
-    assert config["group_pattern"] == flags[3] and config["resplit"] is True
-    rows = rows_of("runs/probe-mine/splits.csv")
-    tested = {row["path"].split("/")[1] for row in rows if row["split"] == "test"}
-    assert tested == {"Testing", "Training"} or tested == {"Training"}
-    assert "none of the 60 paths" in refused(
-        capsys, "data", "--data", "scans", "--group-pattern", "(nobody)"
-    )
-    assert "no (group)" in refused(capsys, "data", "--group-pattern", "patient")
-    assert "no regular expression" in refused(capsys, "data", "--group-pattern", "(")
-    # without the pattern the encoder's training patients stand in the test part: refused
-    whole = ("probe", "--data", "scans", "--task", "mine", "--resplit")
-    assert "--group-pattern" in refused(capsys, *whole)
-
-
-def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
-    """The steps that training takes from now on, and those at which a SIGTERM shall come."""
-    shown, steps, stop_at = main.show_step, [], []
-
-    def interrupt(bar: object, run: simclr.Run) -> None:
-        shown(bar, run)
-        steps.append(run.step)
-        if len(steps) in stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(main, "show_step", interrupt)
-    return steps, stop_at
-
-
-# --- finetune, compare --------------------------------------------------------------------------
-
-
-SMALL = ["--data", "scans", "--task", "mine"]
-
-
-def pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patients: int = 8) -> None:
-    """Pictures of 32 px, an untrained encoder for them, and short epochs."""
-    monkeypatch.setattr(heads, "LEAST_STEPS", 2)
-    plant(tmp_path / "scans", patients=patients)
-    main.main(["pretrain", "--data", "scans", "--epochs", "0", "--image-size", "32"])
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder in which every command has run; `said` holds what each printed."""
+    place, before = tmp_path_factory.mktemp("world"), Path.cwd()
+    plant(place / "scans/mine", "sick well odd")
+    plant(place / "scans/stroke", "Normal Stroke", slices=1, seed=5)
+    plant(place / "hospital/mine", "sick well", patients=3, seed=1)
+    plant(place / "loose", "x", patients=1, slices=len(NAMES), seed=2)
+    (place / "loose/broken\n\x1b[31m.png").write_bytes(b"no image")
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch.setattr)
+        os.chdir(place)
+        said = {"data": run("data", *SCANS, *SIZE), "pretrain": run(*PRETRAIN, "2")}
+        said["probe"] = run("probe", *MINE, "--epochs", "3")
+        said["finetune"] = run("finetune", *MINE, "--epochs", "2")
+        said["scratch"] = run("finetune", *MINE, *SIZE, "--from-scratch", "--epochs", "1")
+        shares = ["--label-fractions", "0.5", "1"]
+        said["compare"] = run("compare", *MINE, "--epochs", "1", "--seeds", "1", *shares)
+        said["evaluate"] = run("evaluate", *MODEL, "--data", "hospital")
+        said["predict"] = run("predict", *MODEL, "scans/mine", "loose")
+        said["explain"] = run("explain", *MODEL, *SCANS)
+        said["explain files"] = run("explain", *MODEL, "loose", "--out", "explained")
+        said["embed"] = run("embed", *SCANS)
+        yield said
+    os.chdir(before)
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """What temperatures were fitted to: labels and probabilities, one after the other."""
-    found, fit = [], evaluate.fit_temperature
-    monkeypatch.setattr(evaluate, "fit_temperature", lambda *x: found.extend(x) or fit(*x))
-    return found
+def elsewhere(world, tmp_path, monkeypatch):
+    """An empty folder to run in, from which the world's scans can be read."""
+    for name in ("scans", "loose", "hospital"):
+        (tmp_path / name).symlink_to(Path.cwd() / name)
+    monkeypatch.chdir(tmp_path)
 
 
-def check_choices(run: Path, asked: list[np.ndarray]) -> None:
-    """From the files of a run: val pictures, and no others, chose its epoch and its temperature."""
-    encoder, head, checkpoint = heads.load_classifier(run / "classifier.pt")
-    rows = [row for row in rows_of(run / "splits.csv") if row["split"] == "val"]
-    squares = [data.fit_square(data.read_gray(Path("scans", row["path"])), 32) for row in rows]
-    how = np.stack(squares), checkpoint["classes"], torch.device("cpu"), False
-    probs = heads.classify(encoder, head, checkpoint, *how)
-    labels = np.array([checkpoint["classes"].index(row["label"]) for row in rows])
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    best = max(log, key=lambda r: (r["val_accuracy"], -r["val_loss"]))
-    assert best["val_loss"] == pytest.approx(evaluate.negative_log_likelihood(labels, probs), 1e-4)
-    assert np.array_equal(asked[0], labels) and np.allclose(asked[1], probs, atol=1e-5)
+# --- what is left behind -------------------------------------------------------------------------
+
+RESULT = "config.json metrics.json report.md predictions.csv confusion.png roc.png reliability.png"
+TRAINED = f"{RESULT} log.jsonl classifier.pt splits.csv curve.png"
+LEFT = {
+    "data-mine": "config.json splits.csv report.md leak.png",
+    "data-stroke": "config.json splits.csv report.md leak.png",
+    "pretrain": "config.json log.jsonl checkpoint.pt encoder.pt curve.png",
+    "probe-mine": TRAINED,
+    "finetune-mine": f"{TRAINED} checkpoint.pt",
+    "scratch-mine": f"{TRAINED} checkpoint.pt",
+    "compare-mine": "config.json fits.jsonl table.md table.csv label_efficiency.png",
+    "evaluate-mine": f"{RESULT} splits.csv",
+    "predict-mine": "config.json predictions.csv",
+    "explain-mine": "config.json report.md explain.csv index.html",
+}
+ENCODER = "arch encoder feature_dim image_size mean std epoch config seen"
+METRICS = (
+    "task classes n n_groups accuracy balanced_accuracy macro_precision macro_recall macro_f1 "
+    "auroc ece nll ci95 per_class confusion_matrix per_group baseline split"
+)
 
 
-def test_finetune_writes_what_a_probe_writes_and_its_classifier_scores_the_same(
-    tmp_path, monkeypatch, capsys, asked
-):
-    pretrained(tmp_path, monkeypatch)
-    assert main.main(["finetune", *SMALL, "--epochs", "2"]) == 0
-    assert (
-        main.main(["finetune", *SMALL, "--epochs", "1", "--from-scratch", "--image-size", "40"])
-        == 0
+def test_every_command_writes_every_artifact_with_its_keys(world):
+    for folder, names in LEFT.items():
+        found = {path.name for path in Path("runs", folder).iterdir()}
+        assert {name for name in found if not name.endswith("-map.png")} == set(names.split())
+    assert {path.name for path in Path("runs").iterdir()} == {*LEFT, "cache", "features.npz"}
+    encoder = torch.load("runs/pretrain/encoder.pt", weights_only=True)
+    assert set(encoder) == set(ENCODER.split())
+    assert encoder["encoder"]["conv1.weight"].shape == (64, 1, 7, 7)
+    config = json.loads(Path("runs/pretrain/config.json").read_text())
+    assert config == encoder["config"] and len(config["fingerprint"]) == 64
+    assert config["typed"] == [*PRETRAIN, "2"] and config["versions"]["torch"] == torch.__version__
+    assert encoder["seen"].shape == (config["images"], 16) and encoder["seen"].dtype == torch.uint8
+    record = "epoch loss lr contrastive_accuracy embedding_std images_per_second seconds"
+    log = lines("runs/pretrain/log.jsonl")
+    assert set(log[0]) == set(record.split()) and set(log[1]) - set(log[0]) == {"knn_accuracy"}
+    for kind, lrs in {"probe": 0, "finetune": 1, "scratch": 3}.items():
+        place = f"runs/{kind}-mine"
+        model = torch.load(f"{place}/classifier.pt", weights_only=True)
+        assert set(model) >= {*ENCODER.split(), "task", "classes", "head", "head_type"}
+        metrics = json.loads(Path(place, "metrics.json").read_text())
+        assert set(metrics) >= set(METRICS.split()) and metrics["classes"] == model["classes"]
+        assert set(metrics["ci95"]) == {"accuracy", "balanced_accuracy", "macro_f1", "auroc"}
+        log = lines(f"{place}/log.jsonl")
+        assert {"epoch", "train_loss", "val_loss", "val_accuracy"} <= set(log[0])
+        assert len({record.get("peak_lr") for record in log} - {None}) == lrs
+        predictions, splits = table(f"{place}/predictions.csv"), table(f"{place}/splits.csv")
+        assert list(predictions[0]) == "path group label prediction p_odd p_sick p_well".split()
+        assert list(splits[0]) == ["path", "label", "group", "split", "pixel_hash"]
+    assert len(lines("runs/compare-mine/fits.jsonl")) == len(table("runs/compare-mine/table.csv"))
+    assert {"path", "label", "prediction", "p_sick", "overlay"} <= set(
+        table("runs/explain-mine/explain.csv")[0]
     )
-    out = capsys.readouterr().out
-    assert "fine-tuned network" in out and "from scratch" in out and "untrained encoder" in out
-    runs = Path("runs/finetune-mine"), Path("runs/scratch-mine")
-    for run, lrs, size in zip(runs, ([1e-4], [1e-4, 3e-4, 1e-3]), (32, 40), strict=True):
-        assert {p.name for p in run.iterdir()} == {
-            "config.json", "log.jsonl", "checkpoint.pt", "classifier.pt", "splits.csv",
-            "predictions.csv", "metrics.json", "report.txt", "confusion.png", "curve.png",
-            "roc.png", "reliability.png",
-        }  # fmt: skip
-        config = json.loads((run / "config.json").read_text())
-        assert config["lrs"] == lrs and config["image_size"] == size
-        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        assert len({r["peak_lr"] for r in log}) == len(lrs)
-        assert set(log[0]) >= {"epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds"}
-        model = torch.load(run / "classifier.pt", weights_only=True)
-        assert model["head_type"] == "linear" and model["head"]["weight"].shape == (2, 512)
-        assert model["config"]["command"] == "finetune" and model["temperature"] > 0
-        words = ["evaluate", "--model", str(run / "classifier.pt"), "--data", "scans"]
-        assert main.main(words) == 0
-        again = Path("runs/evaluate-mine/predictions.csv").read_text()
-        assert again == (run / "predictions.csv").read_text()
-    check_choices(runs[0], asked)
-    weights = [torch.load(run / "classifier.pt")["encoder"]["conv1.weight"] for run in runs]
-    first = torch.load("runs/pretrain/encoder.pt")["encoder"]["conv1.weight"]
-    assert not torch.equal(weights[0], first)
-    assert (weights[0] - first).abs().max() < 0.01  # four steps of at most 1e-4 from there
+    assert list(table("runs/predict-mine/predictions.csv")[0])[:2] == ["path", "prediction"]
+    features = np.load("runs/features.npz")
+    assert set(features) == {"features", "paths", "labels", "tasks", "splits"}
+    assert features["features"].shape == (len(features["paths"]), 512)
 
 
-def test_a_stopped_fine_tuning_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch, capsys):
-    pretrained(tmp_path, monkeypatch)
-    command = ["finetune", *SMALL, "--epochs", "3", "--from-scratch", "--lr", "1e-3"]
-    steps, stop_at = watched(monkeypatch)
-    assert main.main([*command, "--image-size", "32", "--out", "alone"]) == 0
-    total = len(steps)
-    stop_at.append(total + 3)
-    with pytest.raises(SystemExit):
-        main.main([*command, "--image-size", "32", "--out", "stopped"])
-    assert not Path("stopped/classifier.pt").exists()
-    error = refused(capsys, *command, "--image-size", "32", "--out", "stopped", "--seed", "1")
-    assert "seed 0 there, 1 here" in error
-    assert main.main([*command, "--image-size", "32", "--out", "stopped"]) == 0
-    assert "goes on after step" in capsys.readouterr().out and len(steps) == 2 * total
-    for name in ("predictions.csv", "report.txt"):
-        assert Path("alone", name).read_bytes() == Path("stopped", name).read_bytes()
-    models = [torch.load(f"{out}/classifier.pt") for out in ("alone", "stopped")]
-    assert all(torch.equal(v, models[1]["encoder"][k]) for k, v in models[0]["encoder"].items())
-    before = len(steps)
-    assert main.main([*command, "--image-size", "32", "--out", "stopped"]) == 0  # it is finished
-    assert len(steps) == before
+def test_predictions_and_splits_say_what_the_metrics_say(world):
+    """From the tables and scans alone, slowly: scores, hashes, and that nobody is on two sides."""
+    for run_ in ("probe-mine", "finetune-mine", "scratch-mine"):
+        predictions = table(f"runs/{run_}/predictions.csv")
+        metrics = json.loads(Path(f"runs/{run_}/metrics.json").read_text())
+        correct = [row["label"] == row["prediction"] for row in predictions]
+        assert metrics["accuracy"] == pytest.approx(np.mean(correct))
+        assert metrics["n_groups"] == len({row["group"] for row in predictions})
+        assert metrics["n"] == len(correct) == np.sum(metrics["confusion_matrix"])
+        for row in predictions:
+            probs = {name: float(row[f"p_{name}"]) for name in metrics["classes"]}
+            assert max(probs, key=probs.get) == row["prediction"]
+            assert sum(probs.values()) == pytest.approx(1)
+        splits = table(f"runs/{run_}/splits.csv")
+        sides = defaultdict(set)
+        for row in splits:
+            sides[row["path"].split("/")[2]].add(row["split"])
+            sides[row["group"]].add(row["split"])
+            gray = np.asarray(Image.open(Path("scans", row["path"])))
+            assert row["pixel_hash"] == hashlib.sha256(gray.tobytes()).hexdigest()[:32]
+        assert {len(splits_) for splits_ in sides.values()} == {1}
+        tested = {row["path"] for row in splits if row["split"] == "test"}
+        assert tested == {row["path"] for row in predictions}
+    seen = torch.load("runs/pretrain/encoder.pt", weights_only=True)["seen"]
+    seen = {row.numpy().tobytes().hex() for row in seen}
+    for task in ("mine", "stroke"):
+        for row in table(f"runs/data-{task}/splits.csv"):
+            assert (row["pixel_hash"] in seen) == (row["split"] == "train")
 
 
-def test_a_fine_tuning_begins_in_one_way_alone(tmp_path, monkeypatch, capsys):
-    pretrained(tmp_path, monkeypatch)
-    tune = ("finetune", *SMALL)
-    main.main(["probe", *SMALL, "--epochs", "1"])
-    classifier = ["--encoder", "runs/probe-mine/classifier.pt"]
-    assert "is a classifier" in refused(capsys, "compare", *SMALL, *classifier)
-    error = refused(capsys, *tune, "--from-scratch", "--init", "imagenet")
-    assert "--init and --from-scratch say where to begin" in error
-    assert "those of the encoder" in refused(capsys, *tune, "--image-size", "64")
-    assert "those of the encoder" in refused(capsys, *tune, "--arch", "resnet50")
-    assert "no weights of a resnet18" in refused(capsys, *tune, "--init", "nowhere.pth")
-    weights = simclr.resnet18(in_channels=3).state_dict()
-    torch.save(weights, "theirs.pth")
-    assert main.main([*tune, "--init", "theirs.pth", "--epochs", "1", "--image-size", "32"]) == 0
-    config = json.loads(Path("runs/finetune-mine/config.json").read_text())
-    assert config["init"] == "theirs.pth" and config["mean"] == 0.449
-    run = ["pretrain", "--data", "scans", "--init", "theirs.pth", "--epochs", "0", "--restart"]
-    assert main.main([*run, "--image-size", "32"]) == 0
-    encoder = torch.load("runs/pretrain/encoder.pt")
-    gray = weights["conv1.weight"].sum(dim=1, keepdim=True)
-    assert torch.equal(encoder["encoder"]["conv1.weight"], gray) and encoder["mean"] == 0.449
+def test_the_split_is_the_same_in_every_command_and_for_every_seed(world):
+    splits = Path("runs/data-mine/splits.csv").read_bytes()
+    run("probe", *MINE, "--epochs", "1", "--seed", "7", "--out", "seed7")
+    run("data", *MINE, "--image-size", "48", "--out", "at48")
+    for place in ("runs/probe-mine", "runs/scratch-mine", "seed7", "at48/mine"):
+        assert Path(place, "splits.csv").read_bytes() == splits
+    given_back = run("data", *MINE, *SIZE, "--labels", "at48/mine/splits.csv", "--out", "back")
+    assert "images have no row" in given_back  # those of the other task
+    assert table("back/mine/splits.csv")[5]["split"] == table("at48/mine/splits.csv")[5]["split"]
 
 
-def test_fine_tuning_and_comparing_refuse_a_test_part_that_the_encoder_has_seen(tmp_path, capsys):
-    plant(tmp_path / "scans")
-    pretrained_on_all(tmp_path)
-    for command in ("finetune", "compare"):
-        assert "was pretrained on 2 of the 2" in refused(capsys, command, *SMALL)
+def test_val_chooses_epoch_and_temperature_and_test_does_not(world, monkeypatch):
+    """From the files of a run: which images the chosen epoch's loss and the temperature are of."""
+    asked, fit = [], evaluate.fit_temperature
+    monkeypatch.setattr(evaluate, "fit_temperature", lambda *x: asked.append(x) or fit(*x))
+    for words in (["probe", *MINE, "--epochs", "3"], ["finetune", *MINE, "--epochs", "2"]):
+        run(*words)
+        place = Path(f"runs/{words[0]}-mine")
+        classifier, checkpoint = heads.load_classifier(place / "classifier.pt")
+        val = [row for row in table(place / "splits.csv") if row["split"] == "val"]
+        squares = [data.fit_square(data.read_gray(Path("scans", row["path"])), 32) for row in val]
+        rows = np.arange(len(val))
+        cpu = torch.device("cpu")
+        probs = heads.predict_probs(classifier, np.stack(squares), rows, checkpoint, cpu)
+        labels = np.array([checkpoint["classes"].index(row["label"]) for row in val])
+        best = max(lines(place / "log.jsonl"), key=lambda r: (r["val_accuracy"], -r["val_loss"]))
+        assert best["val_loss"] == pytest.approx(evaluate.negative_log_likelihood(labels, probs))
+        labels_asked, probs_asked = asked.pop()
+        assert np.array_equal(labels_asked, labels) and np.array_equal(probs_asked, probs)
 
 
-def test_an_interrupted_comparison_goes_on_with_the_next_fit(tmp_path, monkeypatch, capsys):
-    pretrained(tmp_path, monkeypatch, patients=12)
-    command = ["compare", *SMALL, "--epochs", "1", "--seeds", "1", "--label-fractions", "0.3", "1"]
-    network, fitted = heads.Comparison.fit_network, []
+def test_probabilities_of_all_commands_agree_to_the_digit(world):
+    run("evaluate", *MODEL, *SCANS, "--out", "own")
+    answers = {}
+    for row in table("runs/predict-mine/predictions.csv"):
+        answers[row["path"].removeprefix("scans/")] = row
+    probed = table("runs/probe-mine/predictions.csv")
+    for row, scored in zip(probed, table("own/predictions.csv"), strict=True):
+        assert row == {**scored, "group": row["group"]}
+        assert row.items() >= answers[row["path"]].items() - {("path", f"scans/{row['path']}")}
+    explained = {row["path"]: row for row in table("runs/explain-mine/explain.csv")}
+    assert explained.keys() == {row["path"] for row in probed}
+    for row in probed:
+        for key in ("label", "prediction"):
+            assert row[key] == explained[row["path"]][key]
+        for name in ("p_odd", "p_sick", "p_well"):
+            assert f"{float(explained[row['path']][name]):.9g}" == f"{float(row[name]):.9g}"
 
-    def counted(self: heads.Comparison, *how: object) -> object:
-        if len(fitted) == 2:
-            fitted.append("stopped")
+
+def test_embed_marks_what_was_pretrained_on_and_writes_that_split(world, elsewhere):
+    """The split of the pretraining, with its pattern; on other scans what it has seen is marked."""
+    place = Path(os.path.realpath("scans")).parent
+    features = np.load(place / "runs/features.npz")
+    splits = {row["path"]: row["split"] for row in table(place / "runs/data-mine/splits.csv")}
+    assert {"train", "val", "test"} == set(splits.values())
+    for path, task, split in zip(*(features[k] for k in ("paths", "tasks", "splits")), strict=True):
+        assert task != "mine" or splits[path] == split
+    shutil.copytree("scans/mine", "flat/one/mine")  # another split: as if published
+    shutil.move("flat/one/mine", "flat/mine/Testing")
+    run("embed", "--encoder", str(place / "runs/pretrain/encoder.pt"), "--data", "flat")
+    features = np.load("runs/features.npz")
+    for path, split in zip(features["paths"], features["splits"], strict=True):
+        seen = splits[path.replace("Testing/", "")] == "train"
+        assert split == ("pretrain" if seen else "test")
+    pattern = ["--patient-pattern", "(sub-[^/]*)[0-3]/", "--resplit"]
+    run("pretrain", *SCANS, *SIZE, "--epochs", "0", *pattern)
+    run("embed", *SCANS)
+    run("probe", *MINE, *pattern, "--epochs", "1")
+    config = json.loads(Path("runs/probe-mine/config.json").read_text())
+    assert config["patient_pattern"] == pattern[1] and config["resplit"] is True
+    features = np.load("runs/features.npz")
+    now = dict(zip(features["paths"], features["splits"], strict=True))
+    assert {now[row["path"]] == row["split"] for row in table("runs/probe-mine/splits.csv")} == {
+        True
+    }
+
+
+def test_without_data_everything_is_phantoms_and_lies_apart(elsewhere):
+    run("data", "--task", "stroke")
+    run("pretrain")
+    run("probe", "--task", "ms", "--epochs", "1")
+    model = ["--model", "runs/phantoms/probe-ms/classifier.pt"]
+    run("explain", *model)
+    run("embed")
+    found = {path.name for path in Path("runs/phantoms").iterdir()}
+    assert found == {"data-stroke", "pretrain", "probe-ms", "explain-ms", "features.npz"}
+    assert {path.name for path in Path("runs").iterdir()} == {"phantoms", "cache"}
+    assert json.loads(Path("runs/phantoms/pretrain/config.json").read_text())["phantoms"] is True
+    assert {row["pointing_game"] for row in table("runs/phantoms/explain-ms/explain.csv")} > {""}
+    said = run("predict", *model, "loose")
+    assert "trained on phantoms: of a real scan its answer means nothing" in said
+    assert re.fullmatch(r"ms/lesion/p0\d+/\d", table("runs/phantoms/probe-ms/splits.csv")[0]["path"])
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_is_in_training_steps_alone(elsewhere, monkeypatch, native):
+    """On machines that compute it and on others; probe, evaluate, explain, embed are float32."""
+    monkeypatch.setattr(simclr, "native_bf16", lambda device: (native, "as the test says"))
+    forward, kinds = simclr.ResNet.forward, defaultdict(set)
+
+    def watched(network: simclr.ResNet, x: torch.Tensor) -> torch.Tensor:
+        h = forward(network, x)
+        kinds[network.training].add(h.dtype)
+        return h
+
+    monkeypatch.setattr(simclr.ResNet, "forward", watched)
+    kind = torch.bfloat16 if native else torch.float32
+    for words in ([*PRETRAIN, "1"], ["finetune", *MINE, "--epochs", "1"]):
+        run(*words)
+        assert kinds.pop(True) == {kind} and kinds.pop(False, set()) <= {torch.float32}
+    for words in (["probe", *MINE, "--epochs", "1"], ["evaluate", *MODEL, "--data", "hospital"]):
+        run(*words)
+    run("explain", *MODEL, *SCANS)
+    run("embed", *SCANS)
+    assert kinds == {False: {torch.float32}}
+    run(*PRETRAIN, "1", "--precision", "bf16", "--out", "asked")
+    assert kinds[True] == {torch.bfloat16}
+
+
+# --- what is said --------------------------------------------------------------------------------
+
+
+def test_reports_name_patients_sensitivity_and_baselines_and_are_printed(world):
+    for command in ("probe", "finetune", "scratch", "evaluate"):
+        text = Path(f"runs/{command}-mine/report.md").read_text()
+        assert text in world[command]
+        for word in ("per image", "per patient", "sensitivity", "specificity", "groups", "95 %"):
+            assert word in text, (command, word)
+    for baseline in ("untrained encoder, cosine", "raw 32x32 pixels, cosine"):
+        assert baseline in world["probe"].replace("&#95;", "_")
+    assert "untrained encoder, linear" in world["finetune"] and "wins" in world["compare"]
+    assert "the patient is known of 56 of 56 images" in world["data"]
+    assert "left out, unreadable: loose/broken\\n\\x1b[31m.png" in world["predict"]
+    assert "patient" in world["predict"] and "not for diagnosis" in world["predict"]
+    assert "sick" in world["data"] and "70/15/15 by group" in world["data"]
+    assert "epoch of 2: 1, loss" in world["pretrain"].replace("  ", " ").replace("epoch 1", "")
+
+
+def test_a_log_holds_a_line_for_each_epoch_and_no_control_character(world):
+    for command, said in world.items():
+        assert not [c for c in said if not c.isprintable() and c != "\n"], command
+    assert len(re.findall(r"^ *epoch .*loss", world["pretrain"], re.M)) == 2
+    assert len(re.findall(r"^ *epoch .*val loss", world["finetune"], re.M)) == 2
+
+
+def test_names_that_bite_are_text_in_every_table_and_on_the_page(world):
+    planted = {f"{name}.png" for name in NAMES}
+    for path in [*Path("runs").rglob("*.csv"), Path("explained/explain.csv")]:
+        for row in table(path):
+            assert None not in row.values() and None not in row  # as many cells as titles
+            for cell in row.values():
+                assert not re.match(r"[=+@\t\r]|-[^\d.]", cell), (path, cell)
+            if "path" in row:
+                assert row["path"].split("/")[-1] in planted
+    assert {path.split("/")[-1] for path in np.load("runs/features.npz")["paths"]} == planted
+    page = Path("explained/index.html").read_text(errors="surrogateescape")
+    assert "<b>" not in page and "&lt;b&gt;&amp;amp;|.png" in page
+    assert page.count("<figure>") == len(NAMES)
+    before = Path.cwd()
+    os.chdir(next(Path("loose/x").iterdir()))
+    run("predict", "--model", str(before / MODEL[1]), "=1+1.png", "--out", str(before / "bare"))
+    os.chdir(before)
+    assert table("bare/predictions.csv")[0]["path"] == "./=1+1.png"
+
+
+def test_the_next_command_works(elsewhere):
+    """Each command's last line is typed again, made small; from `data` on to the maps."""
+    small = {"pretrain": [*SIZE, "--epochs", "1"], "probe": ["--epochs", "2"]}
+    words, commands = ["data", *SCANS, *SIZE], []
+    while words[0] != "predict":
+        commands.append(words[0])
+        words = next_command(run(*words, *small.get(words[0], [])))
+    assert commands == ["data", "pretrain", "probe", "explain"]
+    assert next_command(run("embed", *SCANS))[0] == "probe"
+    run(*next_command(run("embed", *SCANS)), "--epochs", "2")
+    # Loose images, and a class of one patient, are nothing to probe.
+    said = run("pretrain", "--data", "loose", *SIZE, "--epochs", "0", "--out", "of loose")
+    assert next_command(said)[0] == "embed"
+    run(*next_command(said))
+    plant(Path("few/mine"), "sick", patients=1)
+    plant(Path("few/mine"), "well")
+    said = run("data", "--data", "few", *SIZE)
+    assert "cannot be probed: class 'sick'" in said
+    said = run(*next_command(said), *SIZE, "--epochs", "0", "--out", "of few")
+    assert next_command(said)[0] == "embed"
+    refusal = refused("probe", "--data", "few", "--encoder", "of few/encoder.pt")
+    assert "class 'sick'" in refusal and "never in train and test" in refusal
+
+
+# --- going on ------------------------------------------------------------------------------------
+
+
+def live(place: str, words: list[str], death: str) -> None:
+    """A command in a process of its own, which kills itself in the n-th call of a function."""
+    os.chdir(place)
+    shrink()
+    if death:
+        name, n = death.split()
+        function, calls = pkgutil.resolve_name(name), itertools.count(1)
+
+        def dying(*arguments: object, **more: object) -> object:
+            if next(calls) == int(n):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **more)
+
+        module, _, attribute = name.rpartition(".")
+        setattr(pkgutil.resolve_name(module), attribute, dying)
+    sys.exit(main.main(words))
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(elsewhere):
+    """kill -9 of real processes: in a step, while a checkpoint is written, and before its rename."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["main"])
+    lives = [("alone", "", 0)]
+    for death in ("simclr.training_step 5", "os.fsync 5", "os.replace 5"):
+        lives.append(("killed", death, -signal.SIGKILL))
+    for out, death, status in [*lives, ("killed", "", 0)]:
+        process = server.Process(target=live, args=(os.getcwd(), [*PRETRAIN, "3", "--out", out], death))
+        process.start()
+        process.join()
+        assert process.exitcode == status, (out, death)
+    states = [torch.load(f"{out}/checkpoint.pt", weights_only=True) for out in ("alone", "killed")]
+    assert same(*(state["weights"] for state in states))
+    for i, moments in states[0]["optimizer"]["state"].items():
+        assert same(moments, states[1]["optimizer"]["state"][i])
+    kept = [torch.load(f"{out}/encoder.pt", weights_only=True) for out in ("alone", "killed")]
+    assert same(*(encoder["encoder"] for encoder in kept)) and kept[0]["epoch"] == 3
+    logs = [lines(f"{out}/log.jsonl") for out in ("alone", "killed")]
+    assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]] and len(logs[0]) == 3
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_finished_run_stays_may_be_extended_and_is_restarted_when_asked(elsewhere):
+    run(*PRETRAIN, "1")
+    before = Path("runs/pretrain/encoder.pt").read_bytes()
+    said = run(*PRETRAIN, "1")
+    assert "goes on after epoch 1" in said and next_command(said)[0] == "probe"
+    for flag, value in {"--seed": "1", "--lr": "0.1", "--temperature": "1", "--resplit": ""}.items():
+        line = refused(*PRETRAIN, "1", *[flag, value][: 1 + bool(value)])
+        name = flag[2:].replace("-", "_")
+        assert f"{name} " in line and " there, " in line and "--restart" in line
+    assert Path("runs/pretrain/encoder.pt").read_bytes() == before
+    run(*PRETRAIN, "3")
+    log = lines("runs/pretrain/log.jsonl")
+    assert [record["epoch"] for record in log] == [1, 2, 3] and log[2]["lr"] < log[0]["lr"]
+    assert "epochs 3 there, 2 here" in refused(*PRETRAIN, "2")
+    Path("runs/pretrain/old.csv").write_text("a result of the former run")
+    run(*PRETRAIN, "0", "--seed", "1", "--restart")
+    found = {path.name for path in Path("runs/pretrain").iterdir()}
+    assert found <= set(LEFT["pretrain"].split())
+    assert torch.load("runs/pretrain/encoder.pt", weights_only=True)["epoch"] == 0
+    run(*PRETRAIN, "1", "--seed", "1")  # an untrained network may be trained on
+    assert len(lines("runs/pretrain/log.jsonl")) == 1
+
+
+def test_a_stopped_fine_tuning_and_comparison_keep_what_is_finished(world, elsewhere, monkeypatch):
+    place = Path(os.path.realpath("scans")).parent
+    encoder = ["--encoder", str(place / "runs/pretrain/encoder.pt")]
+    tune = ["finetune", *MINE, *encoder, "--epochs", "3"]
+    run(*tune, "--out", "alone")
+    step, count = heads.train_epoch, itertools.count(1)
+
+    def stopping(*arguments: object, **more: object) -> float:
+        if next(count) == 3:
             raise KeyboardInterrupt
-        fitted.append(how)
-        return (yield from network(self, *how))
+        return step(*arguments, **more)
 
-    monkeypatch.setattr(heads.Comparison, "fit_network", counted)
-    assert main.main([*command, "--out", "stopped"]) == 130
-    assert not Path("stopped/table.csv").exists()
-    assert main.main([*command, "--out", "stopped"]) == 0
-    out = capsys.readouterr().out
-    assert "10 fits, 6 of them done before" in out and len(fitted) == 2 + 1 + 2
-    assert "| 100 %: " in out and "supervised from scratch" in out
-    one = [*command[:-3], "--label-fractions", "1"]
-    assert main.main([*one, "--out", "alone"]) == 0
-    tables = [rows_of(f"{name}/table.csv") for name in ("stopped", "alone")]
-    assert len(tables[0]) == 10 and len(tables[1]) == 5
-    for row, other in zip(tables[0][5:], tables[1], strict=True):
-        assert {**row, "seconds": ""} == {**other, "seconds": ""}
-    done = len(fitted)
-    assert main.main([*one, "--out", "stopped"]) == 0  # fewer: nothing is fitted again
-    assert len(rows_of("stopped/table.csv")) == 5 and len(fitted) == done
-    error = refused(capsys, *command[:5], "--epochs", "2", "--out", "alone")
-    assert "epochs 1 there, 2 here" in error
-    # the same encoder at another place is the same; another one at the same place is not
-    Path("runs/pretrain/encoder.pt").rename("moved.pt")
-    assert main.main([*one, "--out", "alone", "--encoder", "moved.pt"]) == 0
-    checkpoint = torch.load("moved.pt")
-    checkpoint["encoder"]["conv1.weight"] *= -1
-    torch.save(checkpoint, "moved.pt")
-    error = refused(capsys, *one, "--out", "alone", "--encoder", "moved.pt")
-    assert "other settings: another encoder;" in error
-    assert "invalid" in refused(capsys, *command, "--label-fractions", "0")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(heads, "train_epoch", stopping)
+        main.main([*tune, "--out", "stopped"])
+    assert not Path("stopped/classifier.pt").exists()
+    assert "epochs 3 there, 5 here" in refused(*tune, "--epochs", "5", "--out", "stopped")
+    assert "goes on after epoch 2" in run(*tune, "--out", "stopped")
+    for name in ("predictions.csv", "log.jsonl", "metrics.json"):
+        assert Path("alone", name).read_bytes() == Path("stopped", name).read_bytes()
 
+    compare = ["compare", *MINE, *encoder, "--epochs", "1", "--label-fractions", "0.5", "1"]
+    fit, fitted = heads.fit, []
 
-# --- predict, embed ------------------------------------------------------------------------------
+    def counted(*arguments: object) -> dict:
+        fitted.append(arguments[1:4])
+        if len(fitted) == 4:
+            raise KeyboardInterrupt
+        return fit(*arguments)
+
+    monkeypatch.setattr(heads, "fit", counted)
+    with pytest.raises(KeyboardInterrupt):
+        main.main([*compare, "--seeds", "1"])
+    assert len(lines("runs/compare-mine/fits.jsonl")) == 3
+    run(*compare, "--seeds", "1")
+    assert len(fitted) == 13 and len(set(fitted)) == 12  # of six methods at two shares
+    rows, whole = table("runs/compare-mine/table.csv"), table(place / "runs/compare-mine/table.csv")
+    for row, undisturbed in zip(rows, whole, strict=True):
+        assert {**row, "seconds": ""} == {**undisturbed, "seconds": ""}
+    run(*compare, "--seeds", "1")
+    assert len(fitted) == 13  # nothing is fitted again
 
 
-def test_predict_says_of_files_and_folders_what_the_probe_said(tmp_path, capsys):
-    trained(tmp_path)
-    tested = rows_of("runs/probe-mine/predictions.csv")
-    capsys.readouterr()
-    one = f"scans/{tested[0]['path']}"
-    folder = str(Path("scans", tested[1]["path"]).parent)
-    Path(folder, "broken.png").write_bytes(b"")
-    words = ["predict", "--model", "runs/probe-mine/classifier.pt"]
-    assert main.main([*words, one, folder]) == 0
-    out = capsys.readouterr().out
-    assert "left out, unreadable" in out and "broken.png" in out
-    rows = {row["path"]: row for row in rows_of("runs/predict-mine/predictions.csv")}
-    assert list(rows)[0] == one and all(path.startswith(folder) for path in list(rows)[1:])
-    for row in tested[:2]:
-        found = rows[f"scans/{row['path']}"]
-        assert found["prediction"] == row["prediction"]
-        for name in ("p_sick", "p_well"):
-            assert float(found[name]) == pytest.approx(float(row[name]), abs=1e-5)
-        assert any(row["path"] in line and row["prediction"] in line for line in out.splitlines())
-    assert "nowhere.png is not there" in refused(capsys, *words, "nowhere.png")
-    assert "no picture can be read" in refused(capsys, *words, f"{folder}/broken.png")
+def test_a_folder_that_another_process_holds_is_refused(world):
+    with data.lock_folder(Path("runs/pretrain")), data.lock_folder(Path("runs/predict-mine")):
+        assert "another run is writing into runs/pretrain" in refused(*PRETRAIN, "2")
+        assert "another run" in refused("predict", *MODEL, "scans/mine", "loose")
+    run("predict", *MODEL, "scans/mine", "loose")
 
 
-def test_explain_shows_what_the_probe_was_not_trained_on_and_measures_it(capsys):
-    """Without paths and --data: the phantoms' test part, with labels and known lesions."""
-    assert main.main(["pretrain", "--epochs", "0", "--image-size", "64"]) == 0
-    assert main.main(["probe", "--task", "tumor", "--epochs", "2"]) == 0
-    run, out = Path("runs/phantoms/probe-tumor"), Path("runs/phantoms/explain-tumor")
-    asked = ["explain", "--model", str(run / "classifier.pt")]
-    assert main.main(asked) == 0
-    rows, told = rows_of(out / "explain.csv"), rows_of(run / "predictions.csv")
-    assert [row["path"] for row in rows] == [row["path"] for row in told]
-    for row, other in zip(rows, told, strict=True):
-        assert (row["label"], row["prediction"]) == (other["label"], other["prediction"])
-        for class_ in ("glioma", "notumor"):
-            assert float(row[f"p_{class_}"]) == pytest.approx(float(other[f"p_{class_}"]), abs=1e-5)
-        assert (row["pointing"] == "") == (row["label"] == "notumor")
-        assert Image.open(out / row["overlay"]).size[0] > 3 * 192
-    page, text = (out / "index.html").read_text(), (out / "report.txt").read_text()
-    assert page.count("<figure>") == len(rows) and "Wrong predictions" in page
-    assert "not for diagnosis" in page and "hottest point in the lesion (right)" in text
-    assert text in capsys.readouterr().out
-    first = (out / "explain.csv").read_bytes()
-    assert main.main([*asked, "--layer", "layer2", "--out", "second"]) == 0
-    assert main.main([*asked, "--out", "third"]) == 0
-    assert Path("third/explain.csv").read_bytes() == first
-    assert Path("second/explain.csv").read_bytes() != first
-
-
-def test_explain_takes_files_and_loose_pictures_without_labels(tmp_path, capsys):
-    """Names are told as they are; in the page they are text, in a file's name they are harmless."""
-    plant(tmp_path / "scans")
-    scans = ["--data", "scans", "--epochs"]
-    assert main.main(["pretrain", *scans, "0", "--image-size", "32"]) == 0
-    assert main.main(["probe", *scans, "2", "--task", "mine"]) == 0
-    model = ["--model", "runs/probe-mine/classifier.pt", "--layer", "layer3"]
-    plant(tmp_path / "others", seed=1)
-    (tmp_path / "loose").mkdir()
-    names = ["=1+1.png", "<img src=x>.png", "two\nlines.png", "-x.png", "é.png"]
-    for source, name in zip(sorted(Path("others").rglob("*.png"))[:5], names, strict=True):
-        shutil.copy(source, tmp_path / "loose" / name)
-    assert main.main(["explain", *model, "loose"]) == 0
-    rows = rows_of("runs/explain-mine/explain.csv")
-    assert sorted(row["path"] for row in rows) == sorted(f"loose/{name}" for name in names)
-    assert all(row["label"] == row["pointing"] == "" for row in rows)
-    assert all(set(row["overlay"]) <= set("0123456789abcdefghijklmnopqrstuvwxyz-.") for row in rows)
-    page = Path("runs/explain-mine/index.html").read_text()
-    assert "<img src=x>" not in page and "&lt;img src=x&gt;" in page
-    assert "Right" not in page and "Predictions: 5" in page
-    assert main.main(["explain", *model, "--data", "loose", "--out", "other"]) == 0
-    assert len(rows_of("other/explain.csv")) == 5
-    assert "inside loose" in refused(capsys, "explain", *model, "loose", "--out", "loose/run")
-    shutil.copytree("scans/mine/sick", "seen")  # loose, and trained on, but for val and test
-    assert main.main(["explain", *model, "--data", "seen", "--out", "other"]) == 0
-    few = rows_of("other/explain.csv")
-    assert 0 < len(few) < 5 and len(list(Path("other").glob("*.png"))) == len(few)  # none is stale
-    assert main.main(["explain", *model, "--data", "scans", "--out", "again"]) == 0
-    tested = {row["path"] for row in rows_of("runs/probe-mine/predictions.csv")}
-    assert {row["path"] for row in rows_of("again/explain.csv")} == tested
-    assert "not both" in refused(capsys, "explain", *model, "loose", "--data", "scans")
-    assert "nowhere is not there" in refused(capsys, "explain", *model, "nowhere")
-    last = refused(capsys, "explain", *model[:2], "--layer", "layer4", "loose")
-    assert "of 32 pixels" in last and "--layer layer3" in last
-
-
-def embedded_splits() -> list[dict[str, str]]:
-    main.main(["data", "--data", "scans", "--task", "mine", "--image-size", "32"])
-    return rows_of("runs/data-mine/splits.csv")
-
-
-def test_embed_writes_the_features_of_every_picture_and_their_map(tmp_path, capsys):
-    plant(tmp_path / "scans")
-    (tmp_path / "scans" / "loose.png").write_bytes(
-        next((tmp_path / "scans").rglob("*.png")).read_bytes()
+def test_evaluate_takes_some_classes_and_never_replaces_another_hospitals_result(world):
+    assert {row["label"] for row in table("runs/evaluate-mine/predictions.csv")} == {"sick", "well"}
+    metrics = json.loads(Path("runs/evaluate-mine/metrics.json").read_text())
+    assert metrics["classes"] == ["odd", "sick", "well"] and metrics["n"] == 12
+    plant(Path("second/mine"), "sick odd", patients=2, seed=3)
+    before = Path("runs/evaluate-mine/report.md").read_bytes()
+    second = ["evaluate", *MODEL, "--data", "second"]
+    line = refused(*second)
+    assert "results of other settings: fingerprint" in line and "--out" in line
+    assert Path("runs/evaluate-mine/report.md").read_bytes() == before
+    run(*second, "--out", "of second")
+    assert run("evaluate", *MODEL, "--data", "hospital").splitlines()[2:] == (
+        world["evaluate"].splitlines()[2:]
     )
-    (tmp_path / "scans" / "broken.png").write_bytes(b"")
-    main.main(["pretrain", "--data", "scans", "--epochs", "0", "--image-size", "32"])
-    assert main.main(["embed", "--data", "scans", "--out", "here/features.npz"]) == 0
-    with np.load("here/features.npz") as file:
-        h, paths, labels = file["features"], file["paths"], file["labels"]
-        tasks, splits = file["tasks"], file["splits"]
-    assert h.shape == (len(paths), 512) and h.dtype == np.float32
-    assert paths.dtype.kind == labels.dtype.kind == "U"
-    assert len(paths) == len(list((tmp_path / "scans").rglob("*.png"))) - 1
-    for path, label in zip(paths, labels, strict=True):
-        assert label == (path.split("/")[1] if path.startswith("mine/") else "")
-    split = {row["path"]: row["split"] for row in embedded_splits()}
-    assert [split.get(path, "") for path in paths] == splits.tolist()
-    assert set(tasks) == {"mine", ""}
-    assert {p.name for p in Path("here").iterdir()} == {"features.npz", "features.png"}
-    encoder, checkpoint = simclr.load_encoder(Path("runs/pretrain/encoder.pt"))
-    pixels = data.fit_square(data.read_gray(tmp_path / "scans" / paths[3]), 32)[None]
-    expected = heads.features_of(encoder, checkpoint, pixels, torch.device("cpu"))
-    assert np.allclose(h[3], expected[0].numpy(), atol=1e-5)
-    assert main.main(["embed", "--data", "scans", "--out", "here/features.npz"]) == 0  # once more
-    assert "ends in .npz" in refused(capsys, "embed", "--data", "scans", "--out", "here/features")
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "broken.png").write_bytes(b"")
-    bad = ["embed", "--data", "bad", "--encoder", "runs/pretrain/encoder.pt"]
-    assert "no picture can be read" in refused(capsys, *bad)
+    run(*second, "--restart")
+    assert Path("runs/evaluate-mine/report.md").read_bytes() != before
+    run("evaluate", *MODEL, "--data", "hospital", "--restart")
+    plant(Path("third/mine"), "ill well", patients=2, seed=4)
+    line = refused("evaluate", *MODEL, "--data", "third")
+    assert "'ill', 'well'" in line and "'odd', 'sick', 'well'" in line
 
 
-# --- what the loss does not say ----------------------------------------------------------------
+# --- real processes ------------------------------------------------------------------------------
+
+PROGRAM = """
+import os, runpy, signal, sys
+sys.path[:0] = [{here!r}, {tests!r}]
+import test_main
+test_main.shrink()
+{more}
+sys.argv[0] = "main.py"
+runpy.run_path({here!r} + "/main.py", run_name="__main__")
+"""
 
 
-def test_pretraining_looks_at_neighbours_and_warns_of_a_collapse(capsys):
-    assert main.main(["pretrain", "--epochs", "2"]) == 0
-    out = capsys.readouterr().out
-    log = Path("runs/phantoms/pretrain/log.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in log]
-    assert ["knn_accuracy" in record for record in records] == [False, True]  # the last, at least
-    assert f"epoch 2: loss {records[1]['loss']:.3f}, kNN accuracy" in out
-    study = heads.load(None, 32, Path("runs/cache"))
-    encoder, checkpoint = simclr.load_encoder(Path("runs/phantoms/pretrain/encoder.pt"))
-    how = study.pictures, study.task("tumor"), torch.device("cpu"), False
-    again = heads.knn_accuracy(encoder, checkpoint, *how)
-    assert again == pytest.approx(records[1]["knn_accuracy"], abs=0.1)
-    assert "collapsed" not in out
-    run = simclr.pretraining(
-        encoder, simclr.Pretraining(batch_size=16), 16, torch.device("cpu"), False
-    )
-    args = main.build_parser().parse_args(["pretrain"])
-    record = {"epoch": 1, "loss": 3.43, "embedding_std": 0.001}
-    main.look_at_epoch(args, run, study, record)
-    assert "have collapsed" in capsys.readouterr().out
-    main.look_at_epoch(args, run, study, record | {"embedding_std": 0.08})
-    assert capsys.readouterr().out == ""
+def program(more: str = "") -> list[str]:
+    """What starts main.py with the small network, after a few more lines of code."""
+    tests = str(Path(__file__).parent)
+    Path("program.py").write_text(PROGRAM.format(here=str(HERE), tests=tests, more=more))
+    return [sys.executable, "program.py"]
 
 
-# --- evaluate ----------------------------------------------------------------------------------
-
-
-def trained(tmp_path: Path) -> list[str]:
-    plant(tmp_path / "scans", patients=12)
-    main.main(["pretrain", "--data", "scans", "--epochs", "0", "--image-size", "32"])
-    main.main(["probe", "--data", "scans", "--task", "mine", "--epochs", "2"])
-    return ["evaluate", "--model", "runs/probe-mine/classifier.pt"]
-
-
-def test_on_its_own_data_a_classifier_scores_what_its_probe_did(tmp_path, capsys):
-    """Everything it was trained on is left out with its groups; what is left is the test part."""
-    words = trained(tmp_path)
-    assert main.main([*words, "--data", "scans"]) == 0
-    ours, probes = (Path(f"runs/{run}-mine") for run in ("evaluate", "probe"))
-    assert (ours / "predictions.csv").read_text() == (probes / "predictions.csv").read_text()
-    metrics, before = (json.loads((run / "metrics.json").read_text()) for run in (ours, probes))
-    assert metrics["accuracy"] == before["accuracy"] and metrics["ci95"] == before["ci95"]
-    assert metrics["baseline"]["balanced_accuracy"] == 0.5  # always the commonest class
-    left_out = sum(row["split"] == "dropped" for row in rows_of(ours / "splits.csv"))
-    assert f"left out: {left_out} pictures of groups" in capsys.readouterr().out
-    assert metrics["split"]["dropped_for_a_group_it_has_seen"] == left_out > 0
-
-
-def test_elsewhere_classes_are_matched_by_name_and_known_pictures_left_out(tmp_path, capsys):
-    words = trained(tmp_path)
-    plant(tmp_path / "other", seed=9)
-    known = next(r["path"] for r in rows_of("runs/probe-mine/splits.csv") if r["split"] == "train")
-    target = tmp_path / "other" / "mine" / known.split("/")[1] / "sub-9" / "known.png"
-    for name in ("known.png", "else.png"):  # a second picture of the same person
-        target.with_name(name).parent.mkdir(exist_ok=True)
-        Image.fromarray(np.random.default_rng(7).integers(0, 256, (40, 40), dtype=np.uint8)).save(
-            target.with_name(name)
-        )
-    target.write_bytes((tmp_path / "scans" / known).read_bytes())
-    assert main.main([*words, "--data", "other"]) == 0
-    assert "left out: 2 pictures" in capsys.readouterr().out
-    dropped = [r for r in rows_of("runs/evaluate-mine/splits.csv") if r["split"] == "dropped"]
-    assert {Path(row["path"]).name for row in dropped} == {"known.png", "else.png"}
-    plant(tmp_path / "third", seed=11)
-    (tmp_path / "third/mine/sick").rename(tmp_path / "third/mine/ill")
-    error = refused(capsys, *words, "--data", "third")
-    assert "ill, well" in error and "sick, well" in error
-
-
-def test_twins_that_the_split_drops_are_not_scored_and_are_counted(tmp_path, capsys):
-    words = trained(tmp_path)
-    plant(tmp_path / "other" / "Training", seed=20)
-    plant(tmp_path / "other" / "Testing", seed=21)
-    source = next((tmp_path / "other/Testing/mine/sick").rglob("*.png"))
-    (tmp_path / "other/Training/mine/sick/twin.png").write_bytes(source.read_bytes())
-    assert main.main([*words, "--data", "other"]) == 0
-    dropped = [r for r in rows_of("runs/evaluate-mine/splits.csv") if r["split"] == "dropped"]
-    assert f"left out: 0 pictures of groups that it was trained on, {len(dropped)} twins" in (
-        capsys.readouterr().out
-    )
-    notes = json.loads(Path("runs/evaluate-mine/metrics.json").read_text())["split"]
-    assert notes["dropped_by_the_split"] == len(dropped) > 0
-    for class_ in ("sick", "well"):
-        (tmp_path / "broken" / "mine" / class_).mkdir(parents=True)
-        (tmp_path / "broken" / "mine" / class_ / "1.png").write_bytes(b"")
-    assert "no picture of mine is left" in refused(capsys, *words, "--data", "broken")
-
-
-def test_a_classifier_is_not_scored_on_what_it_was_trained_on_unless_that_is_asked_for(
-    tmp_path, capsys
-):
-    words = trained(tmp_path)
-    train = {r["path"] for r in rows_of("runs/probe-mine/splits.csv") if r["split"] == "train"}
-    for path in (tmp_path / "scans").rglob("*.png"):
-        if str(path.relative_to(tmp_path / "scans")) not in train:
-            path.unlink()
-    error = refused(capsys, *words, "--data", "scans")
-    assert f"trained on {len(train)} of {len(train)}" in error and sorted(train)[0] in error
-    assert main.main([*words, "--data", "scans", "--allow-leak"]) == 0
-    for name in ("config.json", "metrics.json"):
-        assert json.loads(Path(f"runs/evaluate-mine/{name}").read_text())["leaked"] is True
-    assert f"LEAKED: {len(train)} test" in Path("runs/evaluate-mine/report.txt").read_text()
-    assert "no classifier" in refused(capsys, "evaluate", "--model", "runs/pretrain/encoder.pt")
-    assert "no classifier at" in refused(capsys, "evaluate", "--model", "nowhere.pt")
-
-
-@pytest.mark.parametrize("command", main.COMMANDS)
-def test_every_help_says_what_is_held_out(command, capsys):
-    with pytest.raises(SystemExit):
-        main.main([command, "--help"])
-    assert "Held out: " in " ".join(capsys.readouterr().out.split())
-
-
-# --- refusals ----------------------------------------------------------------------------------
-
-
-def test_a_leaked_test_part_is_refused_and_with_allow_leak_marked_everywhere(tmp_path, capsys):
-    """Pretrained on the same pictures as a flat folder, so that nothing was held out."""
-    plant(tmp_path / "scans")
-    pretrained_on_all(tmp_path)
-    probe = ("probe", "--data", "scans", "--task", "mine", "--epochs", "1")
-    assert "the encoder was pretrained on 2 of the 2 test pictures" in refused(capsys, *probe)
-    assert main.main([*probe, "--allow-leak"]) == 0
-    for name in ("config.json", "metrics.json"):
-        assert json.loads(Path(f"runs/probe-mine/{name}").read_text())["leaked"] is True
-    assert "LEAKED" in Path("runs/probe-mine/report.txt").read_text()
-    red = np.asarray(Image.open("runs/probe-mine/confusion.png")).astype(int)
-    assert ((red[..., 0] - red[..., 1] > 120) & (red[..., 2] < 100)).any()  # the caption
-
-
-def test_one_slice_of_a_tested_patient_makes_all_of_his_slices_leaked(tmp_path, capsys):
-    plant(tmp_path / "scans", patients=20)
-    main.main(["data", "--data", "scans", "--task", "mine", "--image-size", "32"])
-    rows = [row for row in rows_of("runs/data-mine/splits.csv") if row["split"] == "test"]
-    groups = [row["group"] for row in rows]
-    several = next(row for row in rows if groups.count(row["group"]) > 1)
-    plant(tmp_path / "flat", "all", seed=4)
-    target = tmp_path / "flat" / "all" / "sick" / "one.png"
-    target.write_bytes((tmp_path / "scans" / several["path"]).read_bytes())
-    for path in (tmp_path / "flat" / "all" / "well").rglob("*.png"):
-        path.rename(tmp_path / "flat" / "all" / "sick" / f"{path.parent.name}-{path.name}")
-    main.main(["pretrain", "--data", "flat", "--epochs", "0", "--image-size", "32"])
-    error = refused(capsys, "probe", "--data", "scans", "--task", "mine")
-    assert f"on {groups.count(several['group'])} of the {len(rows)} test pictures" in error
-
-
-def test_mistakes_are_one_line_that_says_what_to_do(tmp_path, capsys):
-    assert "main.py pretrain" in refused(capsys, "probe", "--task", "tumor")
-    assert "not a folder" in refused(capsys, "pretrain", "--data", "nowhere")
-    (tmp_path / "empty").mkdir()
-    assert "no pictures below" in refused(capsys, "pretrain", "--data", "empty")
-    main.main(["pretrain", "--epochs", "0"])
-    assert "epochs 0 there, 2 here" in refused(capsys, "pretrain")
-    assert "found: alzheimer, ms" in refused(capsys, "probe", "--task", "liver")
-    assert "--help" in refused(capsys, "probe")
-    assert "whole number from 2" in refused(capsys, "pretrain", "--batch-size", "1")
-    assert "number from 1e-12 up" in refused(capsys, "pretrain", "--lr", "0")
-    (tmp_path / "one").mkdir()
-    Image.new("L", (40, 40), 9).save(tmp_path / "one" / "1.png")
-    assert "takes at least 2" in refused(capsys, "pretrain", "--data", "one")
-    assert "start the command from another folder" in refused(capsys, "pretrain", "--data", ".")
-    inside = ("--data", "one", "--out", "one/run")
-    assert "inside --data one" in refused(capsys, "pretrain", *inside)
-    assert "is a file" in refused(capsys, "pretrain", "--out", "one/1.png")
-    assert "is a file" in refused(capsys, "pretrain", "--out", "one/1.png/below")
-    wrong = ("--encoder", "runs/phantoms/pretrain/checkpoint.pt")
-    assert "encoder.pt is beside it" in refused(capsys, "probe", "--task", "tumor", *wrong)
-    assert "lower --lr" in refused(capsys, "pretrain", "--out", "nan", "--lr", "1e30")
-    flat = ("probe", "--data", "one", "--task", "one")
-    encoder = ("--encoder", "runs/phantoms/pretrain/encoder.pt")
-    assert "two or more class folders" in refused(capsys, *flat, *encoder)
-
-
-def test_a_class_of_one_patient_is_refused_and_never_split_by_picture(tmp_path, capsys):
-    plant(tmp_path / "scans")
-    for path in sorted((tmp_path / "scans/mine/sick").iterdir())[1:]:
-        shutil.rmtree(path)
-    for i in range(5):
-        target = next((tmp_path / "scans/mine/sick").iterdir()) / f"more{i}.png"
-        pixels = np.random.default_rng(i).integers(0, 256, (40, 40), dtype=np.uint8)
-        Image.fromarray(pixels).save(target)
-    flags = ["--data", "scans"]
-    assert main.main(["data", *flags]) == 0
-    assert "cannot be probed: class 'sick'" in capsys.readouterr().out
-    main.main(["pretrain", *flags, "--epochs", "0", "--image-size", "32"])
-    assert "are never split" in refused(capsys, "probe", *flags, "--task", "mine")
-    assert not Path("runs/probe-mine").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is missing")
-def test_a_missing_device_is_named(capsys):
-    assert "no cuda device" in refused(capsys, "pretrain", "--device", "cuda")
-
-
-# --- stopping, going on, many processes --------------------------------------------------------
-
-
-def test_a_finished_run_says_so_and_a_new_one_has_to_be_asked_for(capsys):
-    command = ["pretrain", "--epochs", "1"]
-    assert main.main(command) == 0
-    run = Path("runs/phantoms/pretrain")
-    times = {path: path.stat().st_mtime_ns for path in (run / "checkpoint.pt", run / "encoder.pt")}
-    capsys.readouterr()
-    assert main.main(command) == 0
-    out = capsys.readouterr().out
-    assert "it is finished" in out and "next: python main.py probe" in out
-    assert times == {path: path.stat().st_mtime_ns for path in times}
-    error = refused(capsys, *command, "--seed", "1", "--chunk-size", "8")
-    assert "chunk_size None there, 8 here; seed 0 there, 1 here" in error and "--restart" in error
-    assert times == {path: path.stat().st_mtime_ns for path in times}
-    assert main.main([*command, "--seed", "1", "--restart"]) == 0
-    assert json.loads((run / "config.json").read_text())["seed"] == 1
-    (run / "encoder.pt").unlink()  # what is missing comes back
-    assert main.main([*command, "--seed", "1"]) == 0 and (run / "encoder.pt").exists()
-    (run / "checkpoint.pt").write_bytes(b"torn")
-    assert "cannot be resumed" in refused(capsys, *command)
-    assert (run / "checkpoint.pt").read_bytes() == b"torn"
-    assert "lower --lr" in refused(capsys, *command, "--restart", "--lr", "1e30")
-    assert {path.name for path in run.iterdir()} == {"config.json", "log.jsonl"}  # nothing mixed
-
-
-def test_a_signal_ends_a_run_after_its_step_and_the_next_start_goes_on(monkeypatch, capsys):
-    """Weights and log are those of a run that was never stopped; leftovers are cleared away."""
-    command = ["pretrain", "--batch-size", "64", "--epochs", "2"]
-    steps, stop_at = watched(monkeypatch)
-    main.main([*command, "--out", "alone"])
-    total = len(steps)
-    stop_at.append(total + 5)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stop:
-        main.main([*command, "--out", "stopped"])
-    assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
-    out = capsys.readouterr().out
-    assert f"stopped after step {steps[-1]} of epoch" in out and "goes on from there" in out
-    leftover = Path("stopped/.checkpoint.pt.1.tmp")
-    leftover.write_bytes(b"half")
-    Path("stopped/.mine.tmp").write_bytes(b"")
-    assert len(steps) == total + 5 < 2 * total
-    after = steps[-1]
-    assert main.main([*command, "--out", "stopped"]) == 0
-    assert f"goes on after step {after} of" in capsys.readouterr().out
-    assert len(steps) == 2 * total  # no step was done twice, none left out
-    assert not leftover.exists() and Path("stopped/.mine.tmp").exists()
-    weights = [torch.load(f"{out}/encoder.pt")["encoder"] for out in ("alone", "stopped")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    logs = [Path(out, "log.jsonl").read_text().splitlines() for out in ("alone", "stopped")]
-    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
-    assert losses[0] == losses[1] and len(losses[0]) == 2
-
-
-def test_runs_survive_kills_and_signals():
-    """Real processes; `python tests/survive.py --kills 100` is the long form."""
-    command = [sys.executable, str(HERE / "tests" / "survive.py"), "--kills", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_two_processes_share_a_run_and_one_goes_on_with_it(world, elsewhere):
+    launch = [*program(), *PRETRAIN, "1"]
+    launch[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(launch, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "2 kills" in done.stdout and "the same bits" in done.stdout
+    assert done.stdout.count("next: ") == done.stdout.count("the patient is known") == 1
+    config = json.loads(Path("runs/pretrain/config.json").read_text())
+    assert config["processes"] == 2 and len(lines("runs/pretrain/log.jsonl")) == 1
+    run(*PRETRAIN, "1", "--out", "alone")
+    losses = [lines(f"{out}/log.jsonl")[0]["loss"] for out in ("alone", "runs/pretrain")]
+    assert abs(losses[0] - losses[1]) < 0.3  # batch norm sees half a batch, the loss all of it
+    assert "goes on after epoch 1" in run(*PRETRAIN, "2")
 
 
-def torchrun(*words: str) -> subprocess.CompletedProcess:
-    """The command on two processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, str(HERE / "main.py"), *words, "--data", "scans", "--image-size", "32"]
-    return subprocess.run(command, capture_output=True, text=True)
+def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setattr(main, "PROCESSES", 2)
+    with pytest.raises(data.UserError, match="--batch-size 7 is no multiple of 2 processes"):
+        main.fit_batch(7, 100)
+    assert main.fit_batch(64, 31) == 30
 
 
-def test_two_processes_share_a_run_and_one_goes_on_with_it(tmp_path, capsys):
-    plant(tmp_path / "scans")
-    done = torchrun("pretrain", "--epochs", "1", "--batch-size", "10", "--chunk-size", "4")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("  source mine (mine)") == done.stdout.count("next: ") == 1
-    run = Path("runs/pretrain")
-    assert json.loads((run / "config.json").read_text())["processes"] == 2
-    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert checkpoint["epoch"] == 1 and len(checkpoint["records"]) == 1
-    # as if it had been stopped in its second epoch
-    checkpoint["config"]["epochs"] = 2
-    simclr.save(checkpoint, run / "checkpoint.pt")
-    command = ["pretrain", "--data", "scans", "--image-size", "32", "--batch-size", "10"]
-    assert main.main([*command, "--chunk-size", "4", "--epochs", "2"]) == 0
-    assert "goes on after step 0 of epoch 2" in capsys.readouterr().out
-    assert len((run / "log.jsonl").read_text().splitlines()) == 2
-    done = torchrun("pretrain", "--batch-size", "7", "--out", "odd")
-    assert done.returncode != 0 and done.stderr.count("error: 2 processes cannot share") == 1
-    assert "such as 8" in done.stderr and not Path("odd").exists()
+def test_ctrl_c_is_one_line_and_status_130_while_importing_and_in_training(world, elsewhere):
+    stop = "os.kill(os.getpid(), signal.SIGINT)"
+    Path("early/PIL").mkdir(parents=True)
+    Path("early/PIL/__init__.py").write_text(f"import os, signal; {stop}")
+    environment = os.environ | {"PYTHONPATH": "early"}
+    importing = [sys.executable, str(HERE / "main.py")]
+    training = program(f"import simclr; simclr.nt_xent = lambda *_: {stop}")
+    for command, place in ((importing, environment), (training, os.environ)):
+        done = subprocess.run([*command, *PRETRAIN, "1"], env=place, capture_output=True, text=True)
+        assert done.returncode == 130
+        assert done.stderr.strip().startswith("interrupted; what is finished is kept")
+        assert len(done.stderr.strip().splitlines()) == 1
 
 
-# --- from outside ------------------------------------------------------------------------------
+def test_a_closed_pipe_is_quiet(world, elsewhere):
+    words = shlex.join([*program(), "data", *SCANS, *SIZE])
+    done = subprocess.run(f"{words} | head -1", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and len(done.stdout.splitlines()) == 1
 
 
-def test_without_torchvision_the_command_still_runs_and_a_mistake_exits_with_2(tmp_path):
-    """A real process, with a torchvision that fails to import, as a mismatched build does."""
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "torchvision.py").write_text("raise ImportError('mismatched build')")
-    scans = tmp_path / "scans"
-    plant(scans, patients=3)
-    env = os.environ | {"PYTHONPATH": str(broken)}
-    words = [sys.executable, str(HERE / "main.py"), "pretrain", "--epochs", "1"]
-    words += ["--image-size", "32", "--data"]
-    done = subprocess.run([*words, "scans"], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs/pretrain/encoder.pt").exists()
-    done = subprocess.run([*words, "no"], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.strip().startswith("error: no is not a folder")
+def test_importing_is_silent_draws_nothing_and_needs_no_torchvision(tmp_path):
+    """With a torchvision that fails to import, as one of a mismatched build does."""
+    (tmp_path / "torchvision.py").write_text("raise ImportError('mismatched build')")
+    code = "import torch; before = torch.get_rng_state(); import main; "
+    code += "assert torch.equal(before, torch.get_rng_state()); "
+    code += "import sys; sys.exit(main.main(['data', '--data', 'nowhere']))"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{HERE}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch("error: nowhere is not a folder.*\n", done.stderr)
 
 
-def test_importing_the_modules_is_silent_and_draws_no_random_number():
-    code = (
-        "import torch; before = torch.get_rng_state(); "
-        "import data, simclr, evaluate, heads, main; "
-        "assert torch.equal(before, torch.get_rng_state())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+# --- mistakes ------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "pretain": "no command 'pretain'; did you mean pretrain?",
+    "probe --data scans --task min": "no task 'min' here; found: mine, stroke; did you mean mine?",
+    "probe --data scans": "give --task, one of mine, stroke",
+    "probe --data scans --task mine --epochs 0": "probe --epochs 0 trains nothing",
+    "pretrain --epoch 3": "pretrain does not know '--epoch'; did you mean --epochs?",
+    "compare --seed 1": "compare does not know '--seed'; did you mean --seeds?",
+    "predict": "see: python main.py predict --help",
+    "predict --model runs/probe-mine/classifier.pt": "give the files or folders",
+    "predict --model runs/probe-mine/classifier.pt no.png": "no.png is not there",
+    "predict --model no.pt loose": "no classifier at no.pt",
+    "predict --model runs/pretrain/encoder.pt loose": "encoder.pt is no classifier.pt",
+    "explain --model runs/probe-mine/classifier.pt loose --data scans": "not both",
+    "pretrain --image-size 16": "'16' is no whole number from 32 to 1024",
+    "pretrain --image-size 2000": "'2000' is no whole number from 32 to 1024",
+    "pretrain --batch-size 1": "'1' is no whole number from 2 to",
+    "pretrain --epochs 1.5": "'1.5' is no whole number from 0 to",
+    "pretrain --seed -1": "'-1' is no whole number from 0 to",
+    "pretrain --seed 99999999999999999999": "is no whole number from 0 to",
+    "pretrain --lr 0": "'0' is no number from 1e-09 to 1000",
+    "pretrain --temperature nan": "'nan' is no number from",
+    "compare --label-fractions 0": "'0' is no number from 1e-06 to 1",
+    "pretrain --device gpu": "invalid choice: 'gpu'",
+    "pretrain --device cuda": "no cuda device",
+    "pretrain --init nowhere.pth": "nowhere.pth has no weights of a resnet18",
+    "data --data scans --patient-pattern patient": "has no (group)",
+    "data --data scans --patient-pattern (": "is no regular expression",
+    "data --data scans --patient-pattern (nobody)": "in none of 56 names",
+    "data --data nowhere": "nowhere is not a folder",
+    "data --data empty": "no images below empty (1 other files)",
+    "pretrain --data broken": "6 of 7 images cannot be read",
+    "pretrain --data scans --out empty/notes.txt": "empty/notes.txt",
+    "pretrain --data scans --out empty/notes.txt/below": "empty/notes.txt",
+    "pretrain --data scans --out /proc/nowhere": "/proc/nowhere",
+    "embed --data scans --out features.csv": "its name ends in .npz",
+    "probe --encoder no.pt": "no.pt cannot be read",
+    "probe --data scans --task mine --encoder runs/probe-mine/classifier.pt": "is a classifier",
+    "probe --data loose --encoder runs/pretrain/encoder.pt": "no task here",
+    "data --data scans --labels empty/notes.txt": "it needs path and label",
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(world):
+    Path("empty").mkdir()
+    Path("empty/notes.txt").write_text("no image")
+    Path("broken").mkdir()
+    shutil.copy(next(Path("scans/stroke").rglob("*.png")), "broken/good.png")
+    for k in range(6):
+        Path(f"broken/{k}.png").write_bytes(b"")
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_one_line_that_says_what_is_wrong(mistakes, words):
+    assert MISTAKES[words] in refused(*words.split())
+
+
+def test_an_encoder_that_has_seen_test_images_is_refused_with_their_number(world, elsewhere):
+    """One slice is enough: the other one of its patient counts, too."""
+    place = Path(os.path.realpath("scans")).parent
+    tested = [row["path"] for row in table(place / "runs/probe-mine/predictions.csv")]
+    Path("flat").mkdir()
+    for k, name in enumerate([tested[0], *tested[2:]]):
+        shutil.copy(Path("scans", name), f"flat/{k}.png")
+    run("pretrain", "--data", "flat", *SIZE, "--epochs", "0")
+    for words in (["probe"], ["finetune"], ["compare"]):
+        line = refused(*words, *MINE)
+        assert "pretrained on 6 of the 6 test images of mine" in line and tested[0][-9:] in line
+
+
+class Harm:
+    """Pickled, it creates a file when somebody unpickles it."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch harmed",)
+
+
+@pytest.mark.parametrize("how", ["torn", "text", "pickle", "code", "list"])
+def test_a_spoilt_checkpoint_is_one_line_and_runs_nothing(world, tmp_path, how):
+    good, file = Path("runs/pretrain/checkpoint.pt").read_bytes(), io.BytesIO()
+    torch.save({"weights": Harm()} if how == "code" else [1, 2], file)
+    spoilt = {"torn": good[: len(good) // 2], "text": b"<html>404</html>", "list": file.getvalue()}
+    spoilt |= {"pickle": pickle.dumps(Harm()), "code": file.getvalue()}
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes(spoilt[how])
+    assert "bad.pt" in refused("probe", *MINE, "--encoder", str(bad))
+    assert "bad.pt" in refused("predict", "--model", str(bad), "loose")
+    assert "bad.pt" in refused("pretrain", *SCANS, *SIZE, "--init", str(bad))
+    shutil.copytree("runs/pretrain", tmp_path / "run")
+    (tmp_path / "run/checkpoint.pt").write_bytes(spoilt[how])
+    line = refused(*PRETRAIN, "2", "--out", str(tmp_path / "run"))
+    assert "checkpoint.pt" in line and "--restart" in line
+    assert not Path("harmed").exists()
+
+
+def test_mutated_files_are_read_or_named(tmp_path):
+    """`python tests/fuzz.py --count 10000` does more of the same."""
+    outcome = fuzz.fuzz(tmp_path, count=200, seed=0)
+    assert outcome["read"] and outcome["named"] and outcome.total() == 200
