@@ -183,7 +183,7 @@ def read_gray(source: str | Path | BinaryIO) -> np.ndarray:
             raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,}")
         # A colour JPEG stores luma apart: asking for it alone is twice as fast.
         image.draft("L", image.size)
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
             return to_bytes(np.asarray(image, dtype=np.float64), (0, 100))
         if "A" in image.mode or "transparency" in image.info:
@@ -512,7 +512,7 @@ def load_images(
 
 
 def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Every file of a folder and its folders, in order, but for hidden ones and masks.
+    """Every file of a folder and its folders, in order, but for hidden ones and folders of masks.
 
     A folder with a config.json is a run of ours and is passed over.
 
@@ -526,11 +526,9 @@ def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     if real in above or folder / "config.json" in paths:
         return
     for path in paths:
-        if path.name[0] == "." or MASK.fullmatch(path.stem):
-            continue
-        if path.is_dir():
+        if path.is_dir() and path.name[0] != "." and not MASK.fullmatch(path.name):
             yield from files_below(path, (*above, real))
-        elif SHARD.search(path.name) or not MASK.search(path.name):
+        elif path.name[0] != "." and not path.is_dir():
             yield path
 
 
@@ -555,7 +553,8 @@ def open_folder(root: Path, labels: Path | None) -> tuple[dict[str, str], list[s
         raise UserError(f"{root} is not a folder; --data takes the folder that holds the scans")
     stamps, others, notices = {}, Counter(), []
     for path in files_below(root):
-        if any(kind.search(path.name) for kind in (IMAGE, VOLUME, SHARD)):
+        seen = IMAGE.search(path.name) or VOLUME.search(path.name)
+        if SHARD.search(path.name) or (seen and not MASK.search(path.name)):
             stamps[path.relative_to(root).as_posix()] = stamp(path)
         others[path.suffix.lower()] += 1
     if not stamps:
@@ -848,6 +847,22 @@ def exact_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.einsum("kij,kij->k", a, b) / np.sqrt(np.maximum(lengths, 1))
 
 
+def even_and_odd(thumbnails: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split unit thumbnails into the part equal to its own mirror, and the part that is its minus.
+
+    Args:
+        thumbnails: (n, 32, 32) uint8; their means are removed first.
+
+    Returns:
+        (even, odd), each (n, 512) float32: the left half, scaled, tells all of a part, because the
+        right half repeats it up to the sign. Together the two have length 1.
+    """
+    x = torch.from_numpy(thumbnails).float().flatten(1)  # (n, 1024)
+    x = F.normalize(x.sub_(x.mean(dim=1, keepdim=True)), dim=1).view(thumbnails.shape)
+    left, right = x[..., : THUMBNAIL // 2], x[..., THUMBNAIL // 2 :].flip(2)  # (n, 32, 16)
+    return (left + right).flatten(1).div_(2**0.5), (left - right).flatten(1).div_(2**0.5)
+
+
 def near_duplicate_pairs(thumbnails: np.ndarray, threshold: float = NEAR_DUPLICATE) -> np.ndarray:
     """Pairs of images that show the same thing, straight or mirrored left to right.
 
@@ -863,16 +878,12 @@ def near_duplicate_pairs(thumbnails: np.ndarray, threshold: float = NEAR_DUPLICA
     Returns:
         (k, 2) int64 rows i < j, each pair once.
     """
-    x = torch.from_numpy(thumbnails).float()
-    x = F.normalize((x - x.mean(dim=(1, 2), keepdim=True)).flatten(1), dim=1).view(x.shape)
-    left, right = x[:, :, : THUMBNAIL // 2], x.flip(2)[:, :, : THUMBNAIL // 2]
-    # Half of each part tells all of it: the other half repeats it, up to the sign.
-    even, odd = ((left + right) / 2**0.5).flatten(1), ((left - right) / 2**0.5).flatten(1)
+    even, odd = even_and_odd(thumbnails)
     pairs = [np.zeros((0, 2), np.int64)]
-    for start in range(0, len(x), BLOCK):
+    for start in range(0, len(thumbnails), BLOCK):
         cosines = (odd[start : start + BLOCK] @ odd[start:].T).abs_()  # (BLOCK, n - start)
         cosines += even[start : start + BLOCK] @ even[start:].T
-        near = (cosines > threshold - 1e-4).nonzero().numpy() + start
+        near = (cosines > threshold - 1e-4).nonzero().numpy() + start  # float32 is exact to 1e-6
         near = near[near[:, 0] < near[:, 1]]
         for chunk in np.array_split(near, len(near) // 4096 + 1):
             a, b = thumbnails[chunk[:, 0]], thumbnails[chunk[:, 1]]

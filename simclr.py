@@ -29,7 +29,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -543,9 +543,6 @@ class Bottleneck(nn.Module):
 # encoder.pt and checkpoint.pt: plain dicts of tensors and plain values
 # ---------------------------------------------------------------------------------------------
 
-# What may differ between two starts of a run: it moves the speed and the last bits at most.
-MACHINE = {"data", "device", "processes", "threads", "typed", "folder", "commit", "versions"}
-
 
 def save(checkpoint: dict, path: Path) -> None:
     """Write a checkpoint such that a reader sees the old one or the new one, whole.
@@ -647,45 +644,6 @@ def init_encoder(arch: str, init: str) -> tuple[ResNet, float, float]:
         weights["conv1.weight"] = weights["conv1.weight"].sum(dim=1, keepdim=True)  # (64, 1, 7, 7)
         encoder.load_state_dict(weights)
     return encoder, 0.449, 0.226  # of ImageNet's pixels, over the three colours
-
-
-@contextmanager
-def open_run(out: Path, config: dict, restart: bool) -> Iterator[dict | None]:
-    """Hold a run's folder; yield the state to go on from, None where the run begins.
-
-    Args:
-        config: of the run that shall go on.
-        restart: delete what the former run wrote.
-
-    Raises:
-        UserError: another process holds the folder, or the run in it has other settings.
-    """
-    rank, world = rank_and_world()
-    with data.lock_folder(out) if rank == 0 else nullcontext():
-        if restart and rank == 0:
-            for name in ("checkpoint.pt", "encoder.pt", "log.jsonl", "curve.png", "config.json"):
-                (out / name).unlink(missing_ok=True)
-        if world > 1:
-            dist.barrier()
-        path = out / "checkpoint.pt"
-        yield former_state(path, config) if path.exists() else None
-
-
-def former_state(path: Path, config: dict) -> dict:
-    """The state to go on from; of equal settings, or of fewer epochs: a finished run is extended.
-
-    Raises:
-        UserError: it cannot be read, or has other settings.
-    """
-    state = load_checkpoint(path, "the checkpoint of a run; --restart begins anew")
-    with one_line(f"{path} is no checkpoint of a run; --restart begins anew"):
-        former = state["config"]
-        free = MACHINE | {"epochs"} if config["epochs"] >= former["epochs"] else MACHINE
-    different = [key for key in config if key not in free and config[key] != former.get(key)]
-    if different:
-        values = [f"{key} {former.get(key)} there, {config[key]} here" for key in different]
-        raise data.UserError(f"{path} differs: {'; '.join(values)} (--restart replaces it)")
-    return state
 
 
 # ---------------------------------------------------------------------------------------------

@@ -531,32 +531,6 @@ def test_a_full_disk_is_an_oserror(monkeypatch):
         simclr.save({"a": torch.zeros(10**6)}, Path("a.pt"))
 
 
-def test_a_run_goes_on_with_equal_settings_or_more_epochs_alone(tmp_path):
-    def opened(**change: object) -> dict | None:
-        with simclr.open_run(tmp_path, CONFIG | change, restart=False) as state:
-            return state
-
-    assert opened() is None
-    simclr.save({"epoch": 2, "config": CONFIG | {"threads": 1}}, tmp_path / "checkpoint.pt")
-    for change in ({}, {"threads": 9, "commit": "b"}, {"epochs": 5}):
-        assert opened(**change)["epoch"] == 2
-    with pytest.raises(data.UserError, match="epochs 3 there, 2 here; lr 0.1 there, 9 here"):
-        opened(epochs=2, lr=9)
-    simclr.save({"weights": {}}, tmp_path / "checkpoint.pt")
-    with pytest.raises(data.UserError, match="no checkpoint of a run; --restart begins anew"):
-        opened()
-
-
-def test_restart_deletes_what_the_run_wrote_and_nothing_else(tmp_path):
-    written = "checkpoint.pt encoder.pt log.jsonl curve.png config.json"
-    for name in (*written.split(), "mine.txt"):
-        (tmp_path / name).touch()
-    with simclr.open_run(tmp_path, CONFIG, restart=True) as state:
-        assert state is None and [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-        with pytest.raises(data.UserError):
-            simclr.open_run(tmp_path, CONFIG, restart=True).__enter__()
-
-
 # --- large batches -----------------------------------------------------------------------------
 
 
@@ -604,16 +578,12 @@ def one_process(rank: int, port: int, out: Path) -> None:
     torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=2)
     found = {"plain": share_of_the_work(None), "chunks": share_of_the_work(2)}
     found["bf16"] = simclr.gather(torch.tensor([[rank]]).bfloat16()).tolist()
-    with simclr.open_run(out, CONFIG, restart=True) as state:  # one holds it, both may go on
-        found["opened"] = state is None and not (out / "log.jsonl").exists()
-        torch.distributed.barrier()
     torch.save(found, out / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_find_the_gradients_and_weights_of_one(tmp_path):
     """A gather that drops the graph, or a mean where a sum belongs, points nearly the same way."""
-    (tmp_path / "log.jsonl").touch()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -621,7 +591,7 @@ def test_two_processes_find_the_gradients_and_weights_of_one(tmp_path):
     alone = share_of_the_work(None)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")
-        assert found["opened"] and found["bf16"] == [[0], [1]]
+        assert found["bf16"] == [[0], [1]]
         for name in ("plain", "chunks"):
             assert_close(found[name][:1], alone[:1], 1e-10)
             assert_close(found[name], alone, 1e-4)
