@@ -79,6 +79,12 @@ SHUFFLED = ["head", "encoder.layer4", "encoder.layer3", "encoder.layer2", "encod
 RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 # What may differ between two starts of one run: it moves its speed, and the last bits at most.
+# What commands write, and --restart deletes; nothing else that lies there.
+RUN_FILE = re.compile(
+    r"(config|metrics)\.json|(log|fits)\.jsonl|(checkpoint|encoder|classifier)\.pt|\d{5}-map\.png|"
+    r"(curve|confusion|roc|reliability|leak|label_efficiency)\.png|(report|table)\.md|index\.html|"
+    r"(splits|predictions|table|explain)\.csv"
+)
 MACHINE = {"data", "device", "processes", "threads", "typed", "folder", "commit", "versions"}
 
 # ---------------------------------------------------------------------------------------------
@@ -90,15 +96,15 @@ progress_bar = partial(tqdm, disable=True if RANK else None, leave=False)
 
 
 def visible(text: str) -> str:
-    """Text whose control characters and broken bytes, which names of files may hold, are shown."""
-    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    """One line, whatever a file's name holds: line breaks, control characters, broken bytes."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return shown.encode("utf8", "backslashreplace").decode("utf8")
 
 
-def say(text: str) -> None:
-    """Print text, once on all processes together."""
+def say(line: str) -> None:
+    """Print a line, once on all processes together."""
     if RANK == 0:
-        tqdm.write(visible(text))
+        tqdm.write(visible(line))
 
 
 def choose_device(args: argparse.Namespace) -> None:
@@ -212,36 +218,56 @@ def describe_run(args: argparse.Namespace, study: data.Study | None, **values: o
 def open_run(args: argparse.Namespace, out: Path, config: dict) -> Iterator[dict | None]:
     """Hold a run's folder, a new one or one of the same settings; yield its checkpoint, if any.
 
-    A finished pretraining may be given more epochs; every other changed setting is refused.
-
     Raises:
         UserError: another process holds the folder, or it has results of other settings.
     """
     with data.lock_folder(out) if RANK == 0 else nullcontext():
-        place = out / "config.json"
-        if args.restart and place.exists() and RANK == 0:
-            for file in out.iterdir():
-                if file.is_file():
+        if RANK == 0:
+            for file in out.iterdir():  # of a write that was killed, or of a run to be replaced
+                if file.suffix == ".tmp" or (args.restart and RUN_FILE.fullmatch(file.name)):
                     file.unlink()
-        former = json.loads(place.read_text()) if place.exists() else config
-        different = []
-        for key in sorted(config.keys() - MACHINE):
-            longer = key == "epochs" and args.command == "pretrain"
-            if former.get(key) != config[key] and not (longer and former[key] < config[key]):
-                different.append(f"{key} {former.get(key)!s:.30} there, {config[key]!s:.30} here")
-        if different:
-            raise data.UserError(
-                f"{out} has results of other settings: {'; '.join(different)}; give those to go "
-                "on, another --out for a second run, or --restart to replace it"
-            )
-        write(out, {"config.json": config})
+            refuse_other_settings(args, out, config)
+            write(out, {"config.json": config})
         if PROCESSES > 1:
             dist.barrier()
-        checkpoint = out / "checkpoint.pt"
-        state = None
-        if checkpoint.exists():
-            state = simclr.load_checkpoint(checkpoint, "a run's checkpoint (--restart begins anew)")
+        state, path = None, out / "checkpoint.pt"
+        if path.exists():
+            what = "the checkpoint of a run; --restart begins anew"
+            state = simclr.load_checkpoint(path, what)
+            if not isinstance(state, dict) or not {"weights", "optimizer", "records"} <= set(state):
+                raise data.UserError(f"{path} is not {what}")
         yield state
+
+
+def refuse_other_settings(args: argparse.Namespace, out: Path, config: dict) -> None:
+    """Compare config.json, where a folder has one, with the run that is about to begin.
+
+    A finished pretraining may be given more epochs. `data` and `predict`, which are quickly typed
+    again, say that they replace what is there.
+
+    Raises:
+        UserError: they differ in anything else.
+    """
+    place = out / "config.json"
+    if not place.exists():
+        return
+    try:
+        former = dict(json.loads(place.read_text()))
+    except (ValueError, TypeError):
+        raise data.UserError(f"{place} is no config of a run; --restart replaces it") from None
+    different = []
+    for key in sorted(config.keys() - MACHINE):
+        before, now = former.get(key), config[key]
+        longer = key == "epochs" and args.command == "pretrain" and before and before < now
+        if before != now and not longer:
+            different.append(f"{key} {before!s:.30} there, {now!s:.30} here")
+    if different and args.command in ("data", "predict"):
+        say(f"replaces what was in {out}")
+    elif different:
+        raise data.UserError(
+            f"{out} has results of other settings: {'; '.join(different)}; give those to go on, "
+            "another --out for a second run, or --restart to replace it"
+        )
 
 
 def write(out: Path, files: dict[str, object]) -> None:
@@ -259,9 +285,8 @@ def conclude(out: Path, files: dict[str, object], following: list[str]) -> None:
         following: the next command's words after main.py.
     """
     write(out, files)
-    for name in ("report.md", "table.md"):
-        if name in files:
-            say(files[name])
+    for line in (files.get("report.md") or files.get("table.md", "")).splitlines():
+        say(line)
     there = sorted(path.name for path in out.iterdir() if not path.name.endswith("-map.png"))
     say(f"in {out}/ now: {', '.join(there)}")
     say("next: " + shlex.join(["python", "main.py", *following]))
@@ -269,15 +294,11 @@ def conclude(out: Path, files: dict[str, object], following: list[str]) -> None:
 
 def data_flags(args: argparse.Namespace) -> list[str]:
     """The words that make the next command read the same data in the same way."""
-    given = {
-        "--data": args.data,
-        "--patient-pattern": args.patient_pattern,
-        "--labels": args.labels,
-    }
     words = ["--resplit"] if args.resplit else []
-    for flag, value in given.items():
+    for name in ("data", "patient_pattern", "labels", "encoder"):
+        value = getattr(args, name, None)
         if value:
-            words += [flag, str(value)]
+            words += [f"--{name.replace('_', '-')}", str(value)]
     return words
 
 
@@ -300,7 +321,8 @@ def survey(args: argparse.Namespace) -> None:
                 "splits.csv": split_table(study, task),
             }
             write(out, files | {"leak.png": evaluate.leak_figure(meter)})
-            say(files["report.md"])
+            for line in files["report.md"].splitlines():
+                say(line)
             say(f"in {out}/ now: leak.png, report.md, splits.csv")
     why = Counter(data.left_out(study))
     if why[""] < 2:
@@ -401,8 +423,9 @@ def pretrain(args: argparse.Namespace) -> None:
         epochs = simclr.pretrain(networks, study.images.squares, rows, *how)
         look = partial(look_at_epoch, networks, study, settings)
         records = train(out, epochs, state, settings.epochs, save, look)
-        if not records and RANK == 0:
-            save({"epoch": 0, "records": []})
+        if RANK == 0 and not (out / "encoder.pt").exists():  # after --epochs 0, or deleted
+            kept = simclr.encoder_checkpoint(encoder, config, len(records), seen)
+            simclr.save(kept, out / "encoder.pt")
         names = {"loss": "NT-Xent, nats", "contrastive_accuracy": "contrastive accuracy"}
         names["knn_accuracy"] = "kNN accuracy on val"
         files = {"curve.png": evaluate.curve_figure("Pretraining", records, names)}
@@ -476,8 +499,11 @@ def train(
     for record, state in epochs:
         look(record)
         records.append(record)
-        cells = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in record.items() if value]
-        say(f"  {', '.join(cells)}".replace("epoch ", f"epoch of {total}: ", 1))
+        cells = [f"epoch {len(records)} of {total}"]
+        for key, value in record.items():
+            if key != "epoch" and value is not None:
+                cells.append(f"{key.replace('_', ' ')} {value:.4g}")
+        say(f"  {', '.join(cells)}")
         write(out, {"log.jsonl": records})
         if RANK == 0 and (time.monotonic() > due or len(records) == total):
             began = time.monotonic()
@@ -712,9 +738,10 @@ def read_fits(file: Path) -> dict[tuple, dict]:
 
 
 def read_model(args: argparse.Namespace) -> tuple[heads.Classifier, dict]:
-    """The classifier of --model; --patient-pattern is its own unless another was given."""
+    """The classifier of --model, and its checkpoint; its digest becomes args.model_digest."""
     classifier, checkpoint = heads.load_classifier(args.model)
-    args.patient_pattern = args.patient_pattern or checkpoint["config"].get("patient_pattern")
+    with open(args.model, "rb") as file:
+        args.model_digest = hashlib.file_digest(file, "sha256").hexdigest()
     return classifier, checkpoint
 
 
@@ -722,7 +749,16 @@ def unseen_images(
     args: argparse.Namespace, checkpoint: dict
 ) -> tuple[data.Study, data.Task, np.ndarray]:
     """Read --data; its task, the classifier's own unless another is given, and the rows to test."""
-    study = load_study(args, checkpoint["image_size"])
+    own = checkpoint["config"].get("patient_pattern")
+    args.patient_pattern = args.patient_pattern or own
+    try:
+        study = load_study(args, checkpoint["image_size"])
+    except data.UserError as error:
+        if not own or args.patient_pattern != own:
+            raise
+        say(f"without the classifier's own --patient-pattern: {error}")
+        args.patient_pattern = None
+        study = load_study(args, checkpoint["image_size"])
     if args.task is None and checkpoint["task"] in study.tasks:
         args.task = checkpoint["task"]
     task = heads.unseen_task(study, find_task(args, study), checkpoint)
@@ -737,8 +773,7 @@ def score_elsewhere(args: argparse.Namespace) -> None:
     study, task, rows = unseen_images(args, checkpoint)
     out = args.out or args.runs / f"evaluate-{task.name}"
     test = test_set(study, task)
-    model = str(args.model.resolve())
-    with open_run(args, out, describe_run(args, study, task=task.name, model=model)):
+        with open_run(args, out, describe_run(args, study, task=task.name, model=args.model_digest)):
         squares = study.images.squares
         probs = heads.predict_probs(classifier, squares, rows, checkpoint, args.device)
         shares = np.bincount(test.labels, minlength=len(task.classes)) / len(test.labels)
@@ -762,17 +797,18 @@ def calibrated_probs(
 
 def predict(args: argparse.Namespace) -> None:
     """Say what a classifier makes of files and folders; leaves predictions.csv."""
-    args.patient_pattern = args.task = None
     classifier, checkpoint = read_model(args)
     if not args.paths:
         raise data.UserError("give the files or folders to predict")
     images, rows = read_paths(args, checkpoint["image_size"])
     out = args.out or args.runs / f"predict-{checkpoint['task']}"
-    config = describe_run(args, None, model=str(args.model.resolve()), paths=images.names)
+    pixels = hashlib.sha256(images.hashes.tobytes()).hexdigest()
+    config = describe_run(args, None, model=args.model_digest, images=images.names, pixels=pixels)
     with open_run(args, out, config):
         probs = calibrated_probs(args, (classifier, checkpoint), images.squares, rows)
         names, classes = [images.names[row] for row in rows], checkpoint["classes"]
-        pattern = re.compile(args.patient_pattern) if args.patient_pattern else None
+        own = checkpoint["config"].get("patient_pattern")
+        pattern = re.compile(own) if own else None
         of_patient = defaultdict(list)
         for i, name in enumerate(names):
             say(f"{name}: {answer_in_words(probs[i], classes)}")
@@ -819,7 +855,7 @@ def explain(args: argparse.Namespace) -> None:
         images, root, test = study.images, study.root, task.part("test")
         groups, labels = task.groups[test], np.array(task.classes)[task.labels[test]]
     out = args.out or args.runs / f"explain-{checkpoint['task']}"
-    config = describe_run(args, study, model=str(args.model.resolve()), layer=args.layer)
+    config = describe_run(args, study, model=args.model_digest, layer=args.layer)
     config["images"] = [images.names[row] for row in rows]
     with open_run(args, out, config):
         columns = {"path": np.array([images.names[row] for row in rows]), "group": groups}
@@ -911,9 +947,11 @@ def embed(args: argparse.Namespace) -> None:
     h = heads.features_of(encoder, study.images.squares, rows, checkpoint, args.device).numpy()
     columns = {"paths": names[rows], "labels": labels[rows].astype(str)}
     columns |= {"tasks": tasks[rows].astype(str), "splits": splits[rows].astype(str)}
+    if place.exists():
+        say(f"replaces {place}")
     write(place.parent, {place.name: {"features": h, **columns}})
     say(f"in {place} now: features {h.shape}, paths, labels, tasks, splits")
-    say("next: " + shlex.join(["python", "main.py", *probe_or_embed(args, study, args.encoder)]))
+    say("next: " + shlex.join(["python", "main.py", *probe_or_embed(args, study, None)]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1060,7 +1098,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise data.UserError(f"no command {argv[0]!r}{hint}; see: python main.py --help")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        hint = did_you_mean(unknown[0], FLAGS)
+        hint = did_you_mean(unknown[0], COMMANDS[args.command][1].split())
         see = f"see: python main.py {args.command} --help"
         raise data.UserError(f"{args.command} does not know {unknown[0]!r}{hint}; {see}")
     args.typed = argv
@@ -1083,6 +1121,9 @@ def fill_in(args: argparse.Namespace) -> None:
     for name, value in defaults.items():
         if getattr(args, name, value) is None:
             setattr(args, name, value)
+    if args.out and getattr(args, "data", None):
+        if args.data.resolve().is_relative_to(args.out.resolve()):
+            raise data.UserError(f"--out {args.out} holds the scans; give another folder")
     if getattr(args, "epochs", 1) == 0 and args.command != "pretrain":
         raise data.UserError(f"{args.command} --epochs 0 trains nothing; give 1 or more")
 
@@ -1103,7 +1144,7 @@ def main(argv: list[str] | None = None) -> int:
         if type(error) is RuntimeError and "memory" not in str(error):
             raise
         if RANK == 0:
-            print(f"error: {visible(str(error))}".replace("\n", " "), file=sys.stderr)
+            print(f"error: {visible(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -293,16 +293,13 @@ def test_baselines_are_the_same_head_on_an_untrained_encoder_and_on_pixels():
 
 def test_the_look_during_pretraining_asks_val_images_for_training_neighbours(monkeypatch):
     """In val the labels are swapped, so that whoever is asked, his neighbours are wrong."""
+    monkeypatch.setattr(heads, "KNN_MOST", 30)
     setup = make_setup(40, 20)
     task, spy = setup.task, Spy(setup.images.squares)
     swapped = np.where(task.split == "val", 1 - task.labels, task.labels)
     images, task = SimpleNamespace(squares=spy), replace(task, labels=swapped)
     assert heads.knn_accuracy(setup.encoder, images, task, SCALING, CPU) < 0.3
-    assert spy.rows == set(task.rows[:60])  # neither test nor dropped
-    monkeypatch.setattr(heads, "KNN_MOST", 5)
-    spy.rows = set()
-    heads.knn_accuracy(setup.encoder, images, task, SCALING, CPU)
-    assert len(spy.rows) == 10
+    assert spy.rows < set(task.rows[:60]) and len(spy.rows) == 50  # neither test nor dropped
     task.split[:] = "train"
     assert heads.knn_accuracy(setup.encoder, images, task, SCALING, CPU) is None
 
@@ -380,7 +377,6 @@ def test_an_interrupted_fine_tuning_goes_on_to_the_same_bits():
             files.append(io.BytesIO())
             torch.save(state, files[-1])
         results.append((later, copied(classifier)))
-        torch.rand(7)
         assert later == results[0][0][done:] and same(copied(classifier), results[0][1])
 
 
@@ -441,13 +437,9 @@ def test_labelled_groups_are_nested_stratified_and_never_cut():
     assert labelled[1.0] == set(task.groups[train])
     other = heads.label_subset(task, 0.1, seed=4)
     assert set(other.groups[other.split == "train"]) != labelled[0.1]
-
-
-def test_patients_of_both_classes_count_for_both():
-    """Each has slices with and without the lesion, and 10 % of them are still 10 %."""
-    task = make_task(np.arange(100) % 2, np.full(100, "train"), np.repeat(np.arange(50), 2))
-    cut = heads.label_subset(task, 0.1, seed=0)
-    assert len(np.unique(cut.groups[cut.part("train")])) == 5
+    # Where every patient has images of both classes, 10 % of the patients are still 10 %.
+    both = make_task(np.arange(100) % 2, np.full(100, "train"), np.repeat(np.arange(50), 2))
+    assert len(heads.label_subset(both, 0.1, seed=0).part("train")) == 10
 
 
 def test_every_method_gets_the_same_labels_and_says_what_it_trained(monkeypatch):
@@ -524,7 +516,6 @@ def test_a_classifier_comes_back_with_its_memory_and_answers_in_the_same_digits(
 SPOILT = {
     "no head": lambda c: c.pop("head"),
     "an unknown head": lambda c: c.update(head_type="forest"),
-    "another head's weights": lambda c: c.update(head_type="linear"),
     "a class too few": lambda c: c["classes"].pop(),
     "half an encoder": lambda c: c["encoder"].pop("conv1.weight"),
     "a path for a task": lambda c: c.update(task="../mine"),
