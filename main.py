@@ -773,7 +773,8 @@ def score_elsewhere(args: argparse.Namespace) -> None:
     study, task, rows = unseen_images(args, checkpoint)
     out = args.out or args.runs / f"evaluate-{task.name}"
     test = test_set(study, task)
-        with open_run(args, out, describe_run(args, study, task=task.name, model=args.model_digest)):
+    config = describe_run(args, study, task=task.name, model=args.model_digest)
+    with open_run(args, out, config):
         squares = study.images.squares
         probs = heads.predict_probs(classifier, squares, rows, checkpoint, args.device)
         shares = np.bincount(test.labels, minlength=len(task.classes)) / len(test.labels)
