@@ -745,20 +745,26 @@ def read_model(args: argparse.Namespace) -> tuple[heads.Classifier, dict]:
     return classifier, checkpoint
 
 
+def load_like(args: argparse.Namespace, checkpoint: dict) -> data.Study:
+    """Read --data with a former run's own --patient-pattern, unless that finds nobody here."""
+    own = checkpoint["config"].get("patient_pattern")
+    typed = args.patient_pattern
+    args.patient_pattern = typed or own
+    try:
+        return load_study(args, checkpoint["image_size"])
+    except data.UserError as error:
+        if typed or not own:
+            raise
+        say(f"without the --patient-pattern that {checkpoint['config']['command']} had: {error}")
+        args.patient_pattern = None
+        return load_study(args, checkpoint["image_size"])
+
+
 def unseen_images(
     args: argparse.Namespace, checkpoint: dict
 ) -> tuple[data.Study, data.Task, np.ndarray]:
     """Read --data; its task, the classifier's own unless another is given, and the rows to test."""
-    own = checkpoint["config"].get("patient_pattern")
-    args.patient_pattern = args.patient_pattern or own
-    try:
-        study = load_study(args, checkpoint["image_size"])
-    except data.UserError as error:
-        if not own or args.patient_pattern != own:
-            raise
-        say(f"without the classifier's own --patient-pattern: {error}")
-        args.patient_pattern = None
-        study = load_study(args, checkpoint["image_size"])
+    study = load_like(args, checkpoint)
     if args.task is None and checkpoint["task"] in study.tasks:
         args.task = checkpoint["task"]
     task = heads.unseen_task(study, find_task(args, study), checkpoint)
@@ -928,14 +934,13 @@ def embed(args: argparse.Namespace) -> None:
     """Write the features of every image of a folder, with the split of the pretraining."""
     encoder, checkpoint = read_encoder(args)
     config = checkpoint["config"]
-    args.patient_pattern = args.patient_pattern or config.get("patient_pattern")
     args.resplit = args.resplit or config.get("resplit", False)
     if config.get("labels") and not args.labels:
         args.labels = Path(config["labels"])
     place = args.out or args.runs / "features.npz"
     if place.suffix != ".npz":
         raise data.UserError(f"--out {place} is the file of the features; its name ends in .npz")
-    study = load_study(args, checkpoint["image_size"])
+    study = load_like(args, checkpoint)
     names = np.array(study.images.names)
     labels, tasks, splits = np.full((3, len(names)), "", object)
     for task in study.tasks.values():
