@@ -446,8 +446,9 @@ def finetune(
         progress: wraps the range of an epoch's steps.
 
     Yields:
-        After each epoch its record (epoch, train_loss, val_loss, val_accuracy, peak_lr) and the
-        state, all that going on needs; it refers to the classifier and copies only its best epoch.
+        After each epoch its record (epoch, counted through all rates; train_loss, val_loss,
+        val_accuracy, peak_lr) and the state, all that going on needs; it refers to the classifier
+        and copies only its best epoch.
 
     Raises:
         UserError: the loss is not finite; the weights are those before the step.
@@ -455,7 +456,7 @@ def finetune(
     labels = setup.task.labels[setup.task.part("val")]
     first = copy.deepcopy(classifier.state_dict())
     optimizer = simclr.prepare(classifier, settings, setup.device, setup.bf16, resume)
-    finished, best = (resume["finished"], resume["best"]) if resume else (0, None)
+    finished, best = (resume["epoch"], resume["best"]) if resume else (0, None)
     for number in range(finished, len(settings.lrs) * settings.epochs):
         if number % settings.epochs == 0:  # here begins the next learning rate
             classifier.load_state_dict(first)
@@ -467,7 +468,7 @@ def finetune(
         if best is None or merit(record) > merit(best["record"]):
             best = {"record": record, "weights": copy.deepcopy(classifier.state_dict())}
         state = {"weights": classifier.state_dict(), "optimizer": optimizer.state_dict()}
-        yield record, state | {"finished": number + 1, "best": best}
+        yield record, state | {"epoch": number + 1, "best": best}
     classifier.eval().load_state_dict(best["weights"])
 
 

@@ -125,6 +125,7 @@ def choose_device(args: argparse.Namespace) -> None:
     if name == "cuda":
         args.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(args.device)
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     native, why = simclr.native_bf16(args.device)
     precision = getattr(args, "precision", "fp32")  # only commands that train have the flag
     args.bf16 = native if precision == "auto" else precision == "bf16"
