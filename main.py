@@ -695,7 +695,7 @@ def compare(args: argparse.Namespace) -> None:
     out = args.out or args.runs / f"compare-{setup.task.name}"
     settings = heads.FineTuning(epochs=args.epochs)
     # Shares and seeds are no settings: another one adds its fits to those that are there.
-    config = describe_fit(args, study, setup, settings, bf16=setup.bf16)
+    config = describe_fit(args, study, setup, settings)
     with open_run(args, out, config):
         fits = read_fits(out / "fits.jsonl")
         for seed in range(args.seeds):
