@@ -89,7 +89,20 @@ class CosineMLP(nn.Module):
         return self.scale * (m @ w.T)  # (N, K)
 
 
-HEADS = {"cosine_mlp": CosineMLP, "linear": nn.Linear}  # by head_type: (E, K) -> a head
+class LinearProbe(nn.Sequential):
+    """The usual linear probe, on standardised features (He et al., 2111.06377, A.1).
+
+    Without that, one learning rate cannot serve features of every size: on the tumor set those of
+    an untrained encoder scored .40 (docs/results.md).
+    """
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        norm = nn.BatchNorm1d(in_features, affine=False)
+        super().__init__(norm, nn.Linear(in_features, num_classes))
+
+
+# By head_type: (E, K) -> a head. "fc" is what fine-tuning trains.
+HEADS = {"cosine_mlp": CosineMLP, "linear": LinearProbe, "fc": nn.Linear}
 
 
 class Classifier(nn.Module):
@@ -532,7 +545,7 @@ def fit(
     if method in ("finetune", "scratch"):
         lrs = SCRATCH_LRS if method == "scratch" else settings.lrs
         settings = replace(settings, lrs=lrs, seed=seed)
-        head = new_head("linear", encoder.feature_dim, K, seed)
+        head = new_head("fc", encoder.feature_dim, K, seed)
         trained = Classifier(copy.deepcopy(encoder), head)
         epochs = finetune(setup, trained, settings, progress=progress)
         record["lr"] = max([epoch for epoch, _ in epochs], key=merit)["peak_lr"]

@@ -570,7 +570,7 @@ def describe_fit(
     for value in setup.checkpoint["encoder"].values():
         weights.update(value.numpy().tobytes())
     values = {"task": setup.task.name, "weights": weights.hexdigest(), "bf16": setup.bf16}
-    values |= {"head": getattr(args, "head", "linear"), "pretraining": setup.checkpoint["config"]}
+    values |= {"head": getattr(args, "head", "fc"), "pretraining": setup.checkpoint["config"]}
     return describe_run(args, study, **values, **asdict(settings))
 
 
@@ -604,7 +604,7 @@ def finetune(args: argparse.Namespace) -> None:
     config = describe_fit(args, study, setup, settings)
     with open_run(args, out, config) as state:
         K = len(setup.task.classes)
-        head = heads.new_head("linear", setup.encoder.feature_dim, K, args.seed)
+        head = heads.new_head("fc", setup.encoder.feature_dim, K, args.seed)
         classifier = heads.Classifier(setup.encoder, head)
         bar = partial(progress_bar, unit="step")
         epochs = heads.finetune(setup, classifier, settings, state, bar)
@@ -1007,7 +1007,7 @@ def pattern(text: str) -> str:
 WHOLE, COUNT, PAIRS = number(int, 0, 10**6), number(int, 1, 10**6), number(int, 2, 10**6)
 SIDE, SEED = number(int, 32, 1024), number(int, 0, 2**63 - 1)
 RATE, SHARE = number(float, 1e-9, 1e3), number(float, 1e-6, 1)
-HEADS, ARCHS, STAGES = list(heads.HEADS), list(simclr.ARCHITECTURES), list(simclr.STRIDES)
+HEADS, ARCHS, STAGES = ["cosine_mlp", "linear"], list(simclr.ARCHITECTURES), list(simclr.STRIDES)
 SIZE, BATCH, EPOCHS = PHANTOM_DEFAULTS.values()
 FLAGS = {
     "paths": {"type": Path, "nargs": "*", "help": "images, volumes, shards and folders"},

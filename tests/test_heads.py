@@ -66,7 +66,7 @@ def make_setup(n_train=24, n_val=8, n_test=6) -> heads.Setup:
 
 
 def new_classifier():
-    return heads.Classifier(heads.untrained("tiny", 7), heads.new_head("linear", 512, 2, 0))
+    return heads.Classifier(heads.untrained("tiny", 7), heads.new_head("fc", 512, 2, 0))
 
 
 def tuned(setup, *settings):
@@ -206,7 +206,7 @@ def test_val_chooses_by_accuracy_then_loss_then_the_earliest(monkeypatch):
 
     monkeypatch.setattr(heads, "probabilities", spy)
     monkeypatch.setattr(heads, "validate", scripted)
-    head = heads.new_head("linear", 16, 3, 0)
+    head = heads.new_head("fc", 16, 3, 0)
     heads.train_head(head, blobs(12), blobs(9, 1), heads.Probing(epochs=5))
     assert same(copied(head), weights[2]) and not same(weights[2], weights[3])
     weights.clear()
@@ -218,7 +218,7 @@ def test_without_val_the_last_epoch_counts(monkeypatch):
     monkeypatch.setattr(heads, "milestone_lr", lambda *_: 1e-2)
     trained, empty = [], (torch.zeros(0, 16), np.zeros(0, np.int64))
     for epochs in (2, 3):  # at a constant rate, the first two epochs of three are those of two
-        trained.append(heads.new_head("linear", 16, 3, 0))
+        trained.append(heads.new_head("fc", 16, 3, 0))
         records = heads.train_head(trained[-1], blobs(9), empty, heads.Probing(epochs))
         assert [record["val_loss"] for record in records] == [None] * epochs
     assert not torch.equal(trained[0].weight, trained[1].weight)
@@ -236,10 +236,21 @@ def test_a_probe_repeats_to_the_bit_and_leaves_torchs_generator_as_it_was():
     assert same(weights[0], weights[1])
     assert not torch.equal(weights[0]["conv1"], weights[2]["conv1"])
     for seed in (0, 1):  # from the same weights, in another order
-        head = heads.new_head("linear", 16, 3, 0)
+        head = heads.new_head("fc", 16, 3, 0)
         heads.train_head(head, (features, labels), blobs(9), heads.Probing(1, 16, seed=seed))
         weights.append(head.weight)
     assert not torch.equal(weights[3], weights[4])
+
+
+def test_a_linear_probe_does_not_mind_the_size_of_features():
+    """Untrained features are small: as they are, the same learning rate gets nowhere with them."""
+    (features, labels), settings = blobs(60), heads.Probing(epochs=20, batch_size=16)
+    answers = []
+    for scale in (1.0, 1e-2):
+        head = heads.new_head("linear", 16, 3, 0)
+        heads.train_head(head, (features * scale, labels), blobs(9), settings)
+        answers.append(heads.probabilities(head, features * scale))
+    assert np.allclose(*answers, atol=0.02)
 
 
 def test_test_images_have_no_way_into_a_probe():
@@ -259,7 +270,7 @@ def test_test_images_have_no_way_into_a_probe():
 def test_weight_decay_reaches_the_optimiser(monkeypatch):
     decays, adamw = [], simclr.adamw
     monkeypatch.setattr(simclr, "adamw", lambda net, d: decays.append(d) or adamw(net, d))
-    heads.train_head(heads.new_head("linear", 16, 3, 0), blobs(9), blobs(9), heads.Probing(1))
+    heads.train_head(heads.new_head("fc", 16, 3, 0), blobs(9), blobs(9), heads.Probing(1))
     tuned(make_setup(), 1, 8)
     assert decays[0] == 1e-3 and set(decays[1:]) == {1e-4}
 
@@ -399,7 +410,7 @@ def test_bf16_is_in_training_steps_alone_and_the_loss_is_float32(monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step():
-    head = heads.new_head("linear", 16, 3, 0)
+    head = heads.new_head("fc", 16, 3, 0)
     head.bias.data[0] = torch.inf
     before = copied(head)
     with pytest.raises(data.UserError, match="the loss is nan.*--lr"):
