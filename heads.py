@@ -136,6 +136,12 @@ def new_head(head_type: str, in_features: int, num_classes: int, seed: int) -> n
 # ---------------------------------------------------------------------------------------------
 
 
+def normalised(squares: np.ndarray, scaling: dict, device: Device) -> Tensor:
+    """Images (N, S, S) uint8 as an encoder takes them: (N, 1, S, S) float32, not augmented."""
+    x = torch.from_numpy(np.array(squares))[:, None].to(device) / 255  # in [0, 1]
+    return (x - scaling["mean"]) / scaling["std"]
+
+
 @torch.no_grad()
 def features_of(
     encoder: simclr.ResNet, images: np.ndarray, rows: np.ndarray, scaling: dict, device: Device
@@ -161,8 +167,7 @@ def features_of(
         batch = images[rows[start : start + ENCODED]]  # (N, S, S)
         # Black images fill the last batch up: of another size, it may be computed in another order.
         batch = np.pad(batch, ((0, ENCODED - len(batch)), (0, 0), (0, 0)))
-        x = torch.from_numpy(batch)[:, None].to(device) / 255  # (ENCODED, 1, S, S), in [0, 1]
-        features.append(encoder((x - scaling["mean"]) / scaling["std"]).cpu())  # (ENCODED, E)
+        features.append(encoder(normalised(batch, scaling, device)).cpu())  # (ENCODED, E)
     return torch.cat(features)[: len(rows)]
 
 

@@ -34,7 +34,6 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, interrupted)
 
-import argparse
 import difflib
 import hashlib
 import json
@@ -44,6 +43,7 @@ import re
 import shlex
 import subprocess
 import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -51,6 +51,7 @@ from dataclasses import asdict
 from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -64,6 +65,7 @@ import evaluate
 import gradcam
 import heads
 import simclr
+from simclr import Pretraining
 
 RUNS = Path("runs")
 # On the phantoms a command takes minutes on a laptop; these settings, and no others, differ there.
@@ -107,7 +109,7 @@ def say(line: str) -> None:
         tqdm.write(visible(line))
 
 
-def choose_device(args: argparse.Namespace) -> None:
+def choose_device(args: Namespace) -> None:
     """Set args.device, and args.bf16: whether training takes bf16 there; say both.
 
     Raises:
@@ -132,7 +134,7 @@ def choose_device(args: argparse.Namespace) -> None:
     say(f"on {name}: training in {'bf16' if args.bf16 else 'float32'} ({why}), all else in float32")
 
 
-def load_study(args: argparse.Namespace, image_size: int) -> data.Study:
+def load_study(args: Namespace, image_size: int) -> data.Study:
     """Read --data or the phantoms; say what is there, and what cannot be read.
 
     Raises:
@@ -176,7 +178,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def find_task(args: argparse.Namespace, study: data.Study) -> data.Task:
+def find_task(args: Namespace, study: data.Study) -> data.Task:
     """The task called --task or, where that was not given, the only one.
 
     Raises:
@@ -192,7 +194,7 @@ def find_task(args: argparse.Namespace, study: data.Study) -> data.Task:
     raise data.UserError(f"{wanted}; found: {found}{did_you_mean(args.task or '', names)}")
 
 
-def describe_run(args: argparse.Namespace, study: data.Study | None, **values: object) -> dict:
+def describe_run(args: Namespace, study: data.Study | None, **values: object) -> dict:
     """config.json: every value that shaped the run, in plain types; checkpoints hold it too."""
     config = {"command": args.command, **values}
     if study:
@@ -216,7 +218,7 @@ def describe_run(args: argparse.Namespace, study: data.Study | None, **values: o
 
 
 @contextmanager
-def open_run(args: argparse.Namespace, out: Path, config: dict) -> Iterator[dict | None]:
+def open_run(args: Namespace, out: Path, config: dict) -> Iterator[dict | None]:
     """Hold a run's folder, a new one or one of the same settings; yield its checkpoint, if any.
 
     Raises:
@@ -240,7 +242,7 @@ def open_run(args: argparse.Namespace, out: Path, config: dict) -> Iterator[dict
         yield state
 
 
-def refuse_other_settings(args: argparse.Namespace, out: Path, config: dict) -> None:
+def refuse_other_settings(args: Namespace, out: Path, config: dict) -> None:
     """Compare config.json, where a folder has one, with the run that is about to begin.
 
     A finished pretraining may be given more epochs. `data` and `predict`, which are quickly typed
@@ -293,7 +295,7 @@ def conclude(out: Path, files: dict[str, object], following: list[str]) -> None:
     say("next: " + shlex.join(["python", "main.py", *following]))
 
 
-def data_flags(args: argparse.Namespace) -> list[str]:
+def data_flags(args: Namespace) -> list[str]:
     """The words that make the next command read the same data in the same way."""
     words = ["--resplit"] if args.resplit else []
     for name in ("data", "patient_pattern", "labels", "encoder"):
@@ -308,7 +310,7 @@ def data_flags(args: argparse.Namespace) -> list[str]:
 # ---------------------------------------------------------------------------------------------
 
 
-def survey(args: argparse.Namespace) -> None:
+def survey(args: Namespace) -> None:
     """Show what is there, what belongs together, how it splits, and what leaks would score."""
     study = load_study(args, args.image_size)
     for name in [find_task(args, study).name] if args.task else sorted(study.tasks):
@@ -349,25 +351,19 @@ def survey_report(task: data.Task, meter: dict) -> str:
     lines.append(f"| {'---':{width}} | -----: | -----: | -----: | -----: | -----: | ------: |")
     for k, name in enumerate([*task.classes, "all"]):
         chosen = (task.labels == k) | (k == len(task.classes))
-        groups, counts = len(np.unique(task.groups[chosen])), Counter(task.split[chosen].tolist())
-        cells = [
-            f"{count:6}"
-            for count in (chosen.sum(), groups, *(counts[split] for split in SPLITS[:3]))
-        ]
-        lines.append(f"| {name:{width}} | {' | '.join(cells)} | {counts['dropped']:7} |")
+        numbers = [chosen.sum(), len(np.unique(task.groups[chosen]))]
+        numbers += [(task.split[chosen] == split).sum() for split in SPLITS]
+        line = " | ".join(f"{number:6,}" for number in numbers)
+        lines.append(f"| {name:{width}} | {line}  |")
     tested = task.published == "test"
+    leaked = np.isin(task.groups[tested], task.groups[task.published == "train"]).sum()
     if tested.any():
-        leaked = np.isin(task.groups[tested], task.groups[task.published == "train"]).sum()
-        lines.append(
-            f"\nAs published, {leaked:,} of {tested.sum():,} test images have images of "
-            "their own group in training."
-        )
-    scores = [evaluate.number(meter[key]) for key in ("by image", "by group", "commonest")]
-    lines.append(
-        f"\nThe nearest neighbour on 32x32 pixels, which was never trained, scores "
-        f"{scores[0]} when split by image and {scores[1]} when split by group; always "
-        f"answering the commonest class scores {scores[2]}."
-    )
+        text = "test images have images of their own group in training"
+        lines.append(f"\nAs published, {leaked:,} of {tested.sum():,} {text}.")
+    scores = {key: evaluate.number(meter[key]) for key in ("by image", "by group", "commonest")}
+    lines.append("\nAccuracy of the nearest neighbour on 32x32 pixels, which was never trained:")
+    lines.append(f"split by image {scores['by image']}, split by group {scores['by group']}; ")
+    lines[-1] += f"of always answering the commonest class {scores['commonest']}."
     for reason, count in task.notes.items():
         if reason.startswith("dropped") and count:
             lines.append(f"\n{reason.replace('_', ' ')}: {count:,} images")
@@ -394,7 +390,7 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def pretrain(args: argparse.Namespace) -> None:
+def pretrain(args: Namespace) -> None:
     """Learn an encoder from images without labels, or go on learning; leaves encoder.pt."""
     study = load_study(args, args.image_size)
     why, rows = Counter(data.left_out(study)), data.pretraining_rows(study)
@@ -407,7 +403,7 @@ def pretrain(args: argparse.Namespace) -> None:
     given = ("epochs", "lr", "temperature", "chunk_size", "seed")
     values = {name: getattr(args, name) for name in given}
     values |= {"batch_size": fit_batch(args.batch_size, len(rows)), "mean": mean, "std": std}
-    settings = simclr.Pretraining(**values)
+    settings = Pretraining(**values)
     values |= {"arch": args.arch, "init": args.init, "image_size": args.image_size}
     config = describe_run(args, study, **values, images=len(rows), bf16=args.bf16)
     out = args.out or args.runs / "pretrain"
@@ -422,7 +418,7 @@ def pretrain(args: argparse.Namespace) -> None:
 
         how = (settings, args.device, args.bf16, state, partial(progress_bar, unit="step"))
         epochs = simclr.pretrain(networks, study.images.squares, rows, *how)
-        look = partial(look_at_epoch, networks, study, settings)
+        look = partial(look_at_epoch, encoder, study, settings)
         records = train(out, epochs, state, settings.epochs, save, look)
         if RANK == 0 and not (out / "encoder.pt").exists():  # after --epochs 0, or deleted
             kept = simclr.encoder_checkpoint(encoder, config, len(records), seen)
@@ -449,7 +445,7 @@ def fit_batch(batch_size: int, n: int) -> int:
     return batch_size
 
 
-def advise_steps(args: argparse.Namespace, settings: simclr.Pretraining, n: int) -> None:
+def advise_steps(args: Namespace, settings: Pretraining, n: int) -> None:
     """Say when a run takes so few steps that it can hardly pay, and what would be enough."""
     steps = settings.epochs * (n // settings.batch_size)
     say(f"  {settings.epochs} epochs, {steps:,} steps of {settings.batch_size} slices")
@@ -459,35 +455,28 @@ def advise_steps(args: argparse.Namespace, settings: simclr.Pretraining, n: int)
         say(f"  these are few: --batch-size {batch_size} --epochs {epochs} would be enough to pay")
 
 
-def look_at_epoch(
-    networks: nn.ModuleDict, study: data.Study, settings: simclr.Pretraining, record: dict
-) -> None:
+def look_at_epoch(encoder: simclr.ResNet, study: data.Study, settings: Pretraining, record: dict):
     """Add to an epoch's record, now and then, the kNN accuracy on val of a task with labels."""
     task = next((task for task in study.tasks.values() if len(task.part("val"))), None)
     due = record["epoch"] % KNN_EVERY == 0 or record["epoch"] == settings.epochs
     if task and due and RANK == 0:
-        encoder = networks["encoder"]
         device, scaling = encoder.conv1.weight.device, asdict(settings)
         accuracy = heads.knn_accuracy(encoder, study.images, task, scaling, device)
         record["knn_accuracy"] = accuracy
 
 
 def train(
-    out: Path,
-    epochs: Iterator[tuple[dict, dict]],
-    state: dict | None,
-    total: int,
-    save: Callable[[dict], None],
-    look: Callable[[dict], None] = lambda record: None,
-) -> list[dict]:
+    out: Path, epochs: Iterator, state: dict, total: int, save: Callable, look: Callable
+) -> list:
     """Show, log and save a training, epoch by epoch.
 
     A checkpoint is written when an epoch ends and 100 times what the last one took has passed: so
     saving costs 1 % of the time, and a run that is killed goes on from there with the same bits.
 
     Args:
-        epochs: of `simclr.pretrain` or `heads.finetune`.
-        state: the checkpoint that they go on from.
+        epochs: of `simclr.pretrain` or `heads.finetune`: (record, state) of each.
+        state: the checkpoint that they go on from, or None.
+        save: writes a state.
         look: is shown each record, and may add to it.
 
     Returns:
@@ -513,7 +502,7 @@ def train(
     return records
 
 
-def probe_or_embed(args: argparse.Namespace, study: data.Study, encoder: Path | None) -> list[str]:
+def probe_or_embed(args: Namespace, study: data.Study, encoder: Path | None) -> list[str]:
     """What follows a pretraining: a probe where a task can be split, else `embed`."""
     flags = data_flags(args)
     if args.out and encoder:
@@ -533,7 +522,7 @@ def probe_or_embed(args: argparse.Namespace, study: data.Study, encoder: Path | 
 # ---------------------------------------------------------------------------------------------
 
 
-def prepare(args: argparse.Namespace, from_scratch: bool = False) -> tuple[data.Study, heads.Setup]:
+def prepare(args: Namespace, from_scratch: bool = False) -> tuple[data.Study, heads.Setup]:
     """Read the encoder and the data; refuse to test on what the encoder was trained on."""
     if from_scratch:
         torch.manual_seed(args.seed)
@@ -552,7 +541,7 @@ def prepare(args: argparse.Namespace, from_scratch: bool = False) -> tuple[data.
     return study, heads.Setup(study.images, task, encoder, checkpoint, args.device, args.bf16)
 
 
-def read_encoder(args: argparse.Namespace) -> tuple[simclr.ResNet, dict]:
+def read_encoder(args: Namespace) -> tuple[simclr.ResNet, dict]:
     """The encoder of --encoder or, where that was not given, of `pretrain` on such data."""
     path = args.encoder or args.runs / "pretrain" / "encoder.pt"
     encoder, checkpoint = simclr.load_encoder(path)
@@ -562,9 +551,7 @@ def read_encoder(args: argparse.Namespace) -> tuple[simclr.ResNet, dict]:
     return encoder, checkpoint
 
 
-def describe_fit(
-    args: argparse.Namespace, study: data.Study, setup: heads.Setup, settings: object
-) -> dict:
+def describe_fit(args: Namespace, study: data.Study, setup: heads.Setup, settings: object) -> dict:
     """`describe_run` of what starts from an encoder: its weights are part of the settings."""
     weights = hashlib.sha256()
     for value in setup.checkpoint["encoder"].values():
@@ -574,7 +561,7 @@ def describe_fit(
     return describe_run(args, study, **values, **asdict(settings))
 
 
-def probe(args: argparse.Namespace) -> None:
+def probe(args: Namespace) -> None:
     """Train a head on the frozen encoder, and on two baselines; leaves classifier.pt."""
     study, setup = prepare(args)
     settings = heads.Probing(epochs=args.epochs, seed=args.seed)
@@ -587,11 +574,11 @@ def probe(args: argparse.Namespace) -> None:
         head, records, probs = fitted
         answers = {f"pretrained encoder, {args.head}": probs}
         answers |= heads.baselines(setup, settings, args.head, progress_bar)
-        classifier = heads.Classifier(setup.encoder, head)
-        finish(args, out, config, study, setup, classifier, records, answers)
+        trained = Trained(heads.Classifier(setup.encoder, head), records, answers)
+        finish(args, out, config, study, setup, trained)
 
 
-def finetune(args: argparse.Namespace) -> None:
+def finetune(args: Namespace) -> None:
     """Train encoder and a fully connected head end to end; --from-scratch is the baseline."""
     study, setup = prepare(args, args.from_scratch)
     kind, lrs = "finetune", heads.FineTuning.lrs
@@ -609,43 +596,45 @@ def finetune(args: argparse.Namespace) -> None:
         bar = partial(progress_bar, unit="step")
         epochs = heads.finetune(setup, classifier, settings, state, bar)
         save = partial(simclr.save, path=out / "checkpoint.pt")
-        records = train(out, epochs, state, len(lrs) * args.epochs, save)
+        records = train(out, epochs, state, len(lrs) * args.epochs, save, look=bool)
         say("reading features")
         probs = {part: heads.part_probs(setup, classifier, part) for part in ("val", "test")}
         answers = {"from scratch" if args.from_scratch else "fine-tuned": probs}
         answers |= heads.baselines(setup, heads.Probing(seed=args.seed), "linear", progress_bar)
-        finish(args, out, config, study, setup, classifier, records, answers)
+        finish(args, out, config, study, setup, Trained(classifier, records, answers))
+
+
+class Trained(NamedTuple):
+    """What `probe` and `finetune` have come to."""
+
+    classifier: heads.Classifier
+    records: list[dict]  # of its epochs
+    answers: dict[str, dict]  # name -> probabilities of val and test; of its baselines, too
 
 
 def finish(
-    args: argparse.Namespace,
+    args: Namespace,
     out: Path,
     config: dict,
     study: data.Study,
     setup: heads.Setup,
-    classifier: heads.Classifier,
-    records: list[dict],
-    answers: dict[str, dict],
+    trained: Trained,
 ) -> None:
-    """Set a result beside its baselines; write classifier.pt and what belongs to it.
-
-    Args:
-        answers: name -> probabilities of val and test; the result first, then its baselines.
-    """
-    task, test = setup.task, test_set(study, setup.task)
-    name, probs = next(iter(answers.items()))
+    """Set a result beside its baselines; write classifier.pt and what belongs to it."""
+    task, test, path = setup.task, test_set(study, setup.task), out / "classifier.pt"
+    name, probs = next(iter(trained.answers.items()))
     val = task.part("val")
     temperature = evaluate.fit_temperature(task.labels[val], probs["val"])
-    results = {row: test.measure(answer["test"]) for row, answer in answers.items()}
+    results = {row: test.measure(answer["test"]) for row, answer in trained.answers.items()}
     results[name] = test.measure(probs["test"], temperature)
-    path = out / "classifier.pt"
-    heads.save_classifier(path, classifier, setup, config["head"], temperature, config)
-    chosen = max(records, key=heads.merit)["epoch"]
+    heads.save_classifier(path, trained.classifier, setup, config["head"], temperature, config)
     names = {"train_loss": "training loss, nats", "val_loss": "val loss, nats"}
     names["val_accuracy"] = "val accuracy"
+    chosen = max(trained.records, key=heads.merit)["epoch"]
+    title = f"{task.name}: {name}"
     files = result_files(test, probs["test"], results, temperature, task.notes, len(val))
-    files |= {"log.jsonl": records, "splits.csv": split_table(study, task)}
-    files["curve.png"] = evaluate.curve_figure(f"{task.name}: {name}", records, names, chosen)
+    files |= {"log.jsonl": trained.records, "splits.csv": split_table(study, task)}
+    files["curve.png"] = evaluate.curve_figure(title, trained.records, names, chosen)
     own, untrained, *_ = results.values()
     if own["accuracy"] <= untrained["accuracy"]:
         say("The encoder is no better than an untrained one: try more epochs, or larger images.")
@@ -660,12 +649,7 @@ def test_set(study: data.Study, task: data.Task) -> evaluate.TestSet:
 
 
 def result_files(
-    test: evaluate.TestSet,
-    probs: np.ndarray,
-    results: dict[str, dict],
-    temperature: float,
-    notes: dict,
-    n_val: int | None,
+    test: evaluate.TestSet, probs: np.ndarray, results: dict, temperature: float, notes: dict, n_val
 ) -> dict[str, object]:
     """The files of a result: metrics.json, report.md, predictions.csv and the figures.
 
@@ -674,13 +658,12 @@ def result_files(
         n_val: as `evaluate.report` takes it.
     """
     name, metrics = next(iter(results.items()))
-    metrics = metrics | {"split": notes, "baseline": list(results.values())[1]}
     calibrated = evaluate.with_temperature(probs, temperature)
     answers = {"as it is": probs, "after temperature scaling": calibrated}
     figures = ["confusion.png", "roc.png", "reliability.png"]
     title = f"{test.task}: {name}, {date.today()}"
     return {
-        "metrics.json": metrics,
+        "metrics.json": metrics | {"split": notes, "baseline": list(results.values())[1]},
         "report.md": evaluate.report(title, results, n_val, notes, figures),
         "predictions.csv": evaluate.prediction_table(test.paths, calibrated, test.classes, test),
         "confusion.png": evaluate.confusion_figure(metrics["confusion_matrix"], test.classes),
@@ -689,7 +672,7 @@ def result_files(
     }
 
 
-def compare(args: argparse.Namespace) -> None:
+def compare(args: Namespace) -> None:
     """Compare pretraining with training from scratch on the same few labels; leaves table.md."""
     study, setup = prepare(args)
     out = args.out or args.runs / f"compare-{setup.task.name}"
@@ -738,7 +721,7 @@ def read_fits(file: Path) -> dict[tuple, dict]:
 # ---------------------------------------------------------------------------------------------
 
 
-def read_model(args: argparse.Namespace) -> tuple[heads.Classifier, dict]:
+def read_model(args: Namespace) -> tuple[heads.Classifier, dict]:
     """The classifier of --model, and its checkpoint; its digest becomes args.model_digest."""
     classifier, checkpoint = heads.load_classifier(args.model)
     with open(args.model, "rb") as file:
@@ -746,7 +729,7 @@ def read_model(args: argparse.Namespace) -> tuple[heads.Classifier, dict]:
     return classifier, checkpoint
 
 
-def load_like(args: argparse.Namespace, checkpoint: dict) -> data.Study:
+def load_like(args: Namespace, checkpoint: dict) -> data.Study:
     """Read --data with a former run's own --patient-pattern, unless that finds nobody here."""
     own = checkpoint["config"].get("patient_pattern")
     typed = args.patient_pattern
@@ -761,9 +744,7 @@ def load_like(args: argparse.Namespace, checkpoint: dict) -> data.Study:
         return load_study(args, checkpoint["image_size"])
 
 
-def unseen_images(
-    args: argparse.Namespace, checkpoint: dict
-) -> tuple[data.Study, data.Task, np.ndarray]:
+def unseen_images(args: Namespace, checkpoint: dict) -> tuple[data.Study, data.Task, np.ndarray]:
     """Read --data; its task, the classifier's own unless another is given, and the rows to test."""
     study = load_like(args, checkpoint)
     if args.task is None and checkpoint["task"] in study.tasks:
@@ -774,7 +755,7 @@ def unseen_images(
     return study, task, task.rows[test]
 
 
-def score_elsewhere(args: argparse.Namespace) -> None:
+def score_elsewhere(args: Namespace) -> None:
     """Score a classifier on images from elsewhere that it has not seen; leaves report.md."""
     classifier, checkpoint = read_model(args)
     study, task, rows = unseen_images(args, checkpoint)
@@ -795,7 +776,7 @@ def score_elsewhere(args: argparse.Namespace) -> None:
 
 
 def calibrated_probs(
-    args: argparse.Namespace, model: tuple[heads.Classifier, dict], squares: np.ndarray, rows
+    args: Namespace, model: tuple[heads.Classifier, dict], squares: np.ndarray, rows
 ) -> np.ndarray:
     """(k, K) what a classifier answers, at its temperature: the same digits in every command."""
     classifier, checkpoint = model
@@ -803,7 +784,7 @@ def calibrated_probs(
     return evaluate.with_temperature(probs, checkpoint["temperature"])
 
 
-def predict(args: argparse.Namespace) -> None:
+def predict(args: Namespace) -> None:
     """Say what a classifier makes of files and folders; leaves predictions.csv."""
     classifier, checkpoint = read_model(args)
     if not args.paths:
@@ -840,98 +821,99 @@ def answer_in_words(probs: np.ndarray, classes: list[str]) -> str:
     return ", ".join(f"{classes[k]} {probs[k]:.4f}" for k in order)
 
 
-def read_paths(args: argparse.Namespace, image_size: int) -> tuple[data.Images, np.ndarray]:
+def read_paths(args: Namespace, image_size: int) -> tuple[data.Images, np.ndarray]:
     """The images of the files and folders that were typed, and the rows that can be read."""
     images = data.load_files(args.paths, image_size, RUNS / "cache", progress_bar)
     return images, readable_rows(images)
 
 
-def explain(args: argparse.Namespace) -> None:
-    """Show where a classifier looked, and how far to believe it; leaves index.html."""
+class Asked(NamedTuple):
+    """The images that `explain` explains."""
+
+    images: data.Images
+    root: Path | None  # below which their names lie; None = phantoms
+    rows: np.ndarray  # (k,) int64
+    labels: np.ndarray  # (k,) str, '' = unknown
+    groups: np.ndarray  # (k,) int64
+
+
+def images_to_explain(args: Namespace, checkpoint: dict) -> Asked:
+    """The typed files and folders or, of --data, what the classifier has not seen."""
     if args.paths and args.data:
         raise data.UserError("give --data (its test images are explained) or files, not both")
-    classifier, checkpoint = read_model(args)
-    size, classes = checkpoint["image_size"], checkpoint["classes"]
-    study = None
-    if args.paths:
-        images, rows = read_paths(args, size)
-        labels, root = np.full(len(rows), ""), Path()
-        patients = [data.read_patient(images.names[row], None) or str(row) for row in rows]
-        groups = np.unique(patients, return_inverse=True)[1]
-    else:
+    if not args.paths:
         study, task, rows = unseen_images(args, checkpoint)
-        images, root, test = study.images, study.root, task.part("test")
-        groups, labels = task.groups[test], np.array(task.classes)[task.labels[test]]
+        test = task.part("test")
+        labels = np.array(task.classes)[task.labels[test]]
+        return Asked(study.images, study.root, rows, labels, task.groups[test])
+    images, rows = read_paths(args, checkpoint["image_size"])
+    patients = [data.read_patient(images.names[row], None) or str(row) for row in rows]
+    groups = np.unique(patients, return_inverse=True)[1]
+    return Asked(images, Path(), rows, np.full(len(rows), ""), groups)
+
+
+def explain(args: Namespace) -> None:
+    """Show where a classifier looked, and how far to believe it; leaves index.html."""
+    classifier, checkpoint = read_model(args)
+    if checkpoint["image_size"] <= simclr.STRIDES[args.layer]:
+        size = f"images of {checkpoint['image_size']} pixels have one cell in {args.layer}"
+        raise data.UserError(f"{size}, so no map; give an earlier --layer")
+    asked = images_to_explain(args, checkpoint)
+    names, classes = np.array(asked.images.names)[asked.rows], checkpoint["classes"]
     out = args.out or args.runs / f"explain-{checkpoint['task']}"
-    config = describe_run(args, study, model=args.model_digest, layer=args.layer)
-    config["images"] = [images.names[row] for row in rows]
-    with open_run(args, out, config):
-        columns = {"path": np.array([images.names[row] for row in rows]), "group": groups}
-        columns |= {"label": labels}
-        probs = calibrated_probs(args, (classifier, checkpoint), images.squares, rows)
+    values = {"model": args.model_digest, "layer": args.layer, "images": names.tolist()}
+    with open_run(args, out, describe_run(args, None, **values)):
+        model = (classifier, checkpoint)
+        probs = calibrated_probs(args, model, asked.images.squares, asked.rows)
+        columns = {"path": names, "group": asked.groups, "label": asked.labels}
         columns["prediction"] = np.array(classes)[probs.argmax(axis=1)]
         columns |= {f"p_{name}": probs[:, k] for k, name in enumerate(classes)}
-        columns["overlay"] = np.array([f"{i:05d}-map.png" for i in range(len(rows))])
-        columns |= draw_maps(args, out, classifier, checkpoint, images, root, rows)
-        some = rows[np.linspace(0, len(rows) - 1, min(EXPLAINED, len(rows))).astype(int)]
-        x = normalised(images.squares[some], checkpoint, args.device)
-        layer = f"encoder.{args.layer}"
-        shuffled = gradcam.randomisation_check(classifier, layer, x, SHUFFLED)
+        columns["overlay"] = np.array([f"{i:05d}-map.png" for i in range(len(names))])
+        columns |= draw_maps(args, out, model, asked)
+        some = np.linspace(0, len(names) - 1, min(EXPLAINED, len(names))).astype(int)
+        x = heads.normalised(asked.images.squares[asked.rows[some]], checkpoint, args.device)
+        shuffled = gradcam.randomisation_check(classifier, f"encoder.{args.layer}", x, SHUFFLED)
         title = f"{checkpoint['task']}: where the classifier looked ({args.layer})"
         files = {
             "report.md": gradcam.report(title, columns, shuffled),
             "explain.csv": [list(columns), *zip(*columns.values(), strict=True)],
             "index.html": gradcam.page(title, columns, shuffled),
         }
-        following = ["compare", "--task", checkpoint["task"]]
-        if args.paths or args.data:
-            paths = args.paths or [args.data]
-            following = ["predict", "--model", str(args.model), *map(str, paths)]
+        paths = args.paths or [args.data]
+        following = ["predict", "--model", str(args.model), *map(str, paths)]
+        if not paths[0]:  # phantoms
+            following = ["compare", "--task", checkpoint["task"]]
         conclude(out, files, following)
 
 
-def normalised(squares: np.ndarray, checkpoint: dict, device: torch.device) -> torch.Tensor:
-    """Images (N, S, S) uint8 as an encoder takes them: (N, 1, S, S) float32."""
-    x = torch.from_numpy(np.array(squares))[:, None].to(device) / 255
-    return (x - checkpoint["mean"]) / checkpoint["std"]
-
-
-def draw_maps(
-    args: argparse.Namespace,
-    out: Path,
-    classifier: heads.Classifier,
-    checkpoint: dict,
-    images: data.Images,
-    root: Path | None,
-    rows: np.ndarray,
-) -> dict[str, np.ndarray]:
+def draw_maps(args: Namespace, out: Path, model: tuple, asked: Asked) -> dict[str, np.ndarray]:
     """Write the overlay of each image; the measures of its map, by name."""
+    (classifier, checkpoint), measured = model, []
     layer, stride = f"encoder.{args.layer}", simclr.STRIDES[args.layer]
-    encoder = heads.untrained(checkpoint["arch"], 0)
-    K = len(checkpoint["classes"])
+    encoder, K = heads.untrained(checkpoint["arch"], 0), len(checkpoint["classes"])
     head = heads.new_head(checkpoint["head_type"], encoder.feature_dim, K, 0)
     random = heads.Classifier(encoder, head).to(args.device)
-    measured = []
     with (
         gradcam.GradCAM(classifier.to(args.device), layer, stride) as cam,
         gradcam.GradCAM(random, layer, stride) as untrained,
     ):
-        for start in progress_bar(range(0, len(rows), EXPLAINED), unit="batch", desc="explain"):
-            chosen = rows[start : start + EXPLAINED]
-            squares = images.squares[chosen]
-            sick = [data.lesion_of(root, images.names[row], squares.shape[1]) for row in chosen]
-            lesions = torch.from_numpy(np.stack(sick))
-            x = normalised(squares, checkpoint, args.device)
+        for start in progress_bar(range(0, len(asked.rows), EXPLAINED), desc="explain"):
+            rows = asked.rows[start : start + EXPLAINED]
+            squares, lesions = asked.images.squares[rows], []
+            for row in rows:
+                name = asked.images.names[row]
+                lesions.append(data.lesion_of(asked.root, name, squares.shape[1]))
+            x, sick = heads.normalised(squares, checkpoint, args.device), np.stack(lesions)
             generator = simclr.generator_for(start)
-            maps, measures = gradcam.explain(cam, untrained, x, lesions, generator)
+            maps, measures = gradcam.explain(cam, untrained, x, torch.from_numpy(sick), generator)
             measured.append(measures)
-            for i in range(len(chosen)):
-                figure = gradcam.overlay(squares[i], maps[i], sick[i])
+            for i in range(len(rows)):
+                figure = gradcam.overlay(squares[i], maps[i], lesions[i])
                 write(out, {f"{start + i:05d}-map.png": figure})
-    return {name: np.concatenate([m[name] for m in measured]) for name in measured[0]}
+    return {name: np.concatenate([batch[name] for batch in measured]) for name in measured[0]}
 
 
-def embed(args: argparse.Namespace) -> None:
+def embed(args: Namespace) -> None:
     """Write the features of every image of a folder, with the split of the pretraining."""
     encoder, checkpoint = read_encoder(args)
     config = checkpoint["config"]
@@ -950,7 +932,7 @@ def embed(args: argparse.Namespace) -> None:
     seen = data.was_seen(study, checkpoint["seen"].numpy())
     splits[seen & np.isin(splits, ("", "test", "val"))] = "pretrain"  # no test of this encoder
     rows = np.setdiff1d(np.arange(len(names)), list(study.images.unreadable))
-    say(f"reading the features of {len(rows):,} images, in float32")
+    say(f"reading the features of {len(rows):,} images")
     h = heads.features_of(encoder, study.images.squares, rows, checkpoint, args.device).numpy()
     columns = {"paths": names[rows], "labels": labels[rows].astype(str)}
     columns |= {"tasks": tasks[rows].astype(str), "splits": splits[rows].astype(str)}
@@ -966,7 +948,7 @@ def embed(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """Takes no abbreviated flags; reports a mistyped command as one line, as all mistakes are."""
 
     def __init__(self, **options: object) -> None:
@@ -987,7 +969,7 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
             value = math.nan
         if not low <= value <= high:
             named = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r} is no {named} from {low:g} to {high:g}")
+            raise ArgumentTypeError(f"{text!r} is no {named} from {low:g} to {high:g}")
         return value
 
     return read
@@ -998,80 +980,73 @@ def pattern(text: str) -> str:
     try:
         compiled = re.compile(text)
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression ({error})") from None
+        raise ArgumentTypeError(f"{text!r} is no regular expression ({error})") from None
     if not compiled.groups:
-        raise argparse.ArgumentTypeError(f"{text!r} has no (group) around what is the patient")
+        raise ArgumentTypeError(f"{text!r} has no (group) around what is the patient")
     return text
 
 
-WHOLE, COUNT, PAIRS = number(int, 0, 10**6), number(int, 1, 10**6), number(int, 2, 10**6)
-SIDE, SEED = number(int, 32, 1024), number(int, 0, 2**63 - 1)
+COUNT, PAIRS = number(int, 1, 10**6), number(int, 2, 10**6)
+SIDE, SEED, EPOCHS = number(int, 32, 1024), number(int, 0, 2**63 - 1), number(int, 0, 10**6)
 RATE, SHARE = number(float, 1e-9, 1e3), number(float, 1e-6, 1)
-HEADS, ARCHS, STAGES = ["cosine_mlp", "linear"], list(simclr.ARCHITECTURES), list(simclr.STRIDES)
-SIZE, BATCH, EPOCHS = PHANTOM_DEFAULTS.values()
-FLAGS = {
+ARCHS, STAGES = list(simclr.ARCHITECTURES), list(simclr.STRIDES)
+DEVICES, PRECISIONS, HEADS = (
+    "auto cpu cuda mps".split(),
+    "auto bf16 fp32".split(),
+    list(heads.HEADS),
+)
+SHARES, (SMALLER, FEWER, SHORTER) = [0.01, 0.1, 1.0], PHANTOM_DEFAULTS.values()
+FLAGS = {  # the default stands in brackets
     "paths": {"type": Path, "nargs": "*", "help": "images, volumes, shards and folders"},
-    "--data": {
-        "type": Path,
-        "help": "folder of scans, <task>/<class>/ in it; without it, phantoms",
-    },
+    "--data": {"type": Path, "help": "folder of scans, <task>/<class>/ in it [phantoms]"},
     "--labels": {"type": Path, "help": "table with the columns path, label (task, patient, split)"},
     "--patient-pattern": {"type": pattern, "help": "regex; its first (group) is the patient"},
     "--resplit": {"action": "store_true", "help": "pool published splits, and split anew"},
-    "--task": {"help": "such as tumor (`data` lists them); not needed where there is one"},
-    "--encoder": {"type": Path, "help": "an encoder.pt (default: that of `pretrain`)"},
+    "--task": {"help": "such as tumor (`data` lists them) [the only one]"},
+    "--encoder": {"type": Path, "help": "an encoder.pt [that of `pretrain`]"},
     "--model": {"type": Path, "required": True, "help": "a classifier.pt of probe or finetune"},
-    "--head": {"choices": HEADS, "default": HEADS[0], "help": "linear is the usual linear probe"},
+    "--head": {
+        "choices": HEADS[:2],
+        "default": HEADS[0],
+        "help": "linear: the usual probe [%(default)s]",
+    },
     "--from-scratch": {"action": "store_true", "help": "begin with --init: supervised baseline"},
-    "--layer": {"choices": STAGES, "default": STAGES[2], "help": "later ones are coarser (layer3)"},
-    "--arch": {"choices": ARCHS, "default": ARCHS[0], "help": "encoder (resnet18)"},
-    "--init": {"default": "random", "help": "random, imagenet, or torchvision's file (random)"},
-    "--image-size": {"type": SIDE, "help": f"pixels a side (128; {SIZE} on phantoms)"},
-    "--batch-size": {"type": PAIRS, "help": f"slices a step (512; {BATCH} on phantoms)"},
-    "--chunk-size": {"type": COUNT, "help": "slices in memory at once; the loss is the batch's"},
-    "--epochs": {
-        "type": WHOLE,
-        "help": f"passes; more pay (200, probe 150, fine-tuning 30; {EPOCHS} "
-        "on phantoms but for the probe)",
+    "--layer": {"choices": STAGES, "default": STAGES[2], "help": "later is coarser [%(default)s]"},
+    "--arch": {"choices": ARCHS, "default": ARCHS[0], "help": "encoder [%(default)s]"},
+    "--init": {
+        "default": "random",
+        "help": "random, imagenet, or a file of torchvision's [random]",
     },
-    "--lr": {
-        "type": RATE,
-        "help": "peak; halve it if the loss bursts (5e-4, fine-tuning 1e-4, from "
-        "scratch the best on val of 1e-4, 3e-4, 1e-3)",
+    "--image-size": {"type": SIDE, "help": f"pixels a side [128; {SMALLER} on phantoms]"},
+    "--batch-size": {"type": PAIRS, "help": f"slices a step [512; {FEWER} on phantoms]"},
+    "--chunk-size": {
+        "type": COUNT,
+        "help": "slices in memory at once; the loss is the batch's [all]",
     },
-    "--temperature": {"type": RATE, "default": 0.07, "help": "lower: hardest negatives (0.07)"},
-    "--label-fractions": {
-        "type": SHARE,
-        "nargs": "+",
-        "default": [0.01, 0.1, 1.0],
-        "help": "shares of training groups with labels (0.01 0.1 1)",
-    },
-    "--seeds": {"type": COUNT, "default": 3, "help": "draws of labels and weights (3)"},
-    "--seed": {"type": SEED, "default": 0, "help": "moves weights and views, never the split (0)"},
+    "--epochs": {"type": EPOCHS, "help": f"[pretrain 200, probe 150, else 30; phantoms {SHORTER}]"},
+    "--lr": {"type": RATE, "help": "peak; halve it if the loss bursts [5e-4; fine-tuning 1e-4]"},
+    "--temperature": {"type": RATE, "default": 0.07, "help": "lower: hardest negatives [0.07]"},
+    "--label-fractions": {"type": SHARE, "nargs": "+", "default": SHARES, "help": "[0.01 0.1 1]"},
+    "--seeds": {"type": COUNT, "default": 3, "help": "draws of labels and weights [3]"},
+    "--seed": {"type": SEED, "default": 0, "help": "moves weights and views, never the split [0]"},
     "--precision": {
-        "choices": ["auto", "bf16", "fp32"],
+        "choices": PRECISIONS,
         "default": "auto",
-        "help": "of training; auto takes bf16 where the machine computes it",
+        "help": "of training [bf16 if native]",
     },
-    "--out": {"type": Path, "help": "folder of the run (of embed, the file); else below runs/"},
+    "--out": {"type": Path, "help": "folder of the run (of embed, the file) [below runs/]"},
     "--restart": {"action": "store_true", "help": "delete what is there, and begin anew"},
-    "--device": {
-        "choices": ["auto", "cpu", "cuda", "mps"],
-        "default": "auto",
-        "help": "auto takes CUDA, then Apple's MPS, then the CPU",
-    },
+    "--device": {"choices": DEVICES, "default": "auto", "help": "[CUDA, else MPS, else the CPU]"},
 }
 READING = "--data --labels --patient-pattern --resplit"
+COMPARED = "--label-fractions --seeds --epochs --precision"
 NETWORK = "--arch --init --image-size --epochs --lr --seed --precision"
 COMMANDS = {  # each with its flags, but for the last three, which all commands have
     "data": (survey, f"{READING} --task --image-size"),
     "pretrain": (pretrain, f"{READING} {NETWORK} --batch-size --chunk-size --temperature"),
     "probe": (probe, f"{READING} --task --encoder --head --epochs --seed"),
     "finetune": (finetune, f"{READING} --task --encoder --from-scratch {NETWORK}"),
-    "compare": (
-        compare,
-        f"{READING} --task --encoder --label-fractions --seeds --epochs --precision",
-    ),
+    "compare": (compare, f"{READING} --task --encoder {COMPARED}"),
     "evaluate": (score_elsewhere, f"{READING} --task --model"),
     "predict": (predict, "paths --model"),
     "explain": (explain, f"paths {READING} --task --model --layer"),
@@ -1093,7 +1068,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, commands
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> Namespace:
     """The typed words as values.
 
     Raises:
@@ -1113,7 +1088,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def fill_in(args: argparse.Namespace) -> None:
+def fill_in(args: Namespace) -> None:
     """Give what was not typed the defaults that differ by command and on phantoms."""
     phantoms = getattr(args, "data", None) is None and not getattr(args, "paths", None)
     # Runs on phantoms lie apart, so that no default encoder is of the other kind.
@@ -1122,7 +1097,7 @@ def fill_in(args: argparse.Namespace) -> None:
     if phantoms:
         defaults |= PHANTOM_DEFAULTS
     if args.command == "pretrain":
-        defaults |= {"epochs": defaults["epochs"] if phantoms else 200, "lr": simclr.Pretraining.lr}
+        defaults |= {"epochs": defaults["epochs"] if phantoms else 200, "lr": Pretraining.lr}
     if args.command == "probe":
         defaults["epochs"] = 150
     for name, value in defaults.items():
