@@ -80,13 +80,13 @@ SHUFFLED = ["head", "encoder.layer4", "encoder.layer3", "encoder.layer2", "encod
 # Which process this is and of how many, as torchrun says; only the first one writes and prints.
 RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-# What may differ between two starts of one run: it moves its speed, and the last bits at most.
 # What commands write, and --restart deletes; nothing else that lies there.
 RUN_FILE = re.compile(
     r"(config|metrics)\.json|(log|fits)\.jsonl|(checkpoint|encoder|classifier)\.pt|\d{5}-map\.png|"
     r"(curve|confusion|roc|reliability|leak|label_efficiency)\.png|(report|table)\.md|index\.html|"
     r"(splits|predictions|table|explain)\.csv"
 )
+# What may differ between two starts of one run: it moves its speed, and the last bits at most.
 MACHINE = {"data", "device", "processes", "threads", "typed", "folder", "commit", "versions"}
 
 # ---------------------------------------------------------------------------------------------
@@ -298,8 +298,8 @@ def conclude(out: Path, files: dict[str, object], following: list[str]) -> None:
 def data_flags(args: Namespace) -> list[str]:
     """The words that make the next command read the same data in the same way."""
     words = ["--resplit"] if args.resplit else []
-    for name in ("data", "patient_pattern", "labels", "encoder"):
-        value = getattr(args, name, None)
+    for name in ("data", "patient_pattern", "labels"):
+        value = getattr(args, name)
         if value:
             words += [f"--{name.replace('_', '-')}", str(value)]
     return words
@@ -426,7 +426,7 @@ def pretrain(args: Namespace) -> None:
         names = {"loss": "NT-Xent, nats", "contrastive_accuracy": "contrastive accuracy"}
         names["knn_accuracy"] = "kNN accuracy on val"
         files = {"curve.png": evaluate.curve_figure("Pretraining", records, names)}
-        conclude(out, files, probe_or_embed(args, study, out / "encoder.pt"))
+        conclude(out, files, probe_or_embed(args, study, args.out and out / "encoder.pt"))
 
 
 def fit_batch(batch_size: int, n: int) -> int:
@@ -503,9 +503,13 @@ def train(
 
 
 def probe_or_embed(args: Namespace, study: data.Study, encoder: Path | None) -> list[str]:
-    """What follows a pretraining: a probe where a task can be split, else `embed`."""
+    """What follows a pretraining: a probe where a task can be split, else `embed`.
+
+    Args:
+        encoder: to be typed; None = the default one.
+    """
     flags = data_flags(args)
-    if args.out and encoder:
+    if encoder:
         flags += ["--encoder", str(encoder)]
     for name in ("tumor", *sorted(study.tasks)):
         try:
@@ -704,7 +708,10 @@ def compare(args: Namespace) -> None:
         )
         title = f"{setup.task.name}: what labels are worth, {date.today()}"
         files = evaluate.compare_files(chosen, test, title, about)
-        conclude(out, files, ["finetune", *data_flags(args), "--task", setup.task.name])
+        following = ["finetune", *data_flags(args), "--task", setup.task.name]
+        if args.encoder:
+            following += ["--encoder", str(args.encoder)]
+        conclude(out, files, following)
 
 
 def read_fits(file: Path) -> dict[tuple, dict]:
@@ -940,7 +947,7 @@ def embed(args: Namespace) -> None:
         say(f"replaces {place}")
     write(place.parent, {place.name: {"features": h, **columns}})
     say(f"in {place} now: features {h.shape}, paths, labels, tasks, splits")
-    say("next: " + shlex.join(["python", "main.py", *probe_or_embed(args, study, None)]))
+    say("next: " + shlex.join(["python", "main.py", *probe_or_embed(args, study, args.encoder)]))
 
 
 # ---------------------------------------------------------------------------------------------
