@@ -214,6 +214,7 @@ def describe_run(args: Namespace, study: data.Study | None, **values: object) ->
     versions["python"] = platform.python_version()
     config |= {"typed": args.typed, "folder": str(Path.cwd()), "versions": versions}
     config |= {"processes": PROCESSES, "threads": torch.get_num_threads()}
+    config["device"] = str(args.device)
     return json.loads(json.dumps(config))  # tuples become lists, as in the file
 
 
