@@ -11,7 +11,6 @@ case runs in a process of its own, which tells its peak memory.
 """
 
 import argparse
-import platform
 import resource
 import subprocess
 import sys
@@ -95,7 +94,11 @@ if __name__ == "__main__":
     if len(args.cases) == 1:
         print(measure(args.cases[0], args.rounds, args.image_size))
         sys.exit()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else torch.backends.cpu.get_cpu_capability()
+    )
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| case | limit, images/s | achieved | ratio | peak GiB |\n|---|---|---|---|---|")
     sys.stdout.flush()

@@ -1,8 +1,10 @@
-"""Lets the tests import the modules from the folder above them; everything runs on the CPU."""
+"""Lets the tests import the modules from the folder above them; on the CPU, with one thread."""
 
 import os
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: much is compared to the last bit
+# Before torch looks. Much is compared to the last bit, and networks are too small to be shared.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
