@@ -57,7 +57,7 @@ from torch.utils.data import DataLoader
 THUMBNAIL = 32  # pixels a side: enough to recognise a brain, too few to see the noise
 NEAR_DUPLICATE = 0.98  # finds exactly 200 groups, its people, in the Kaggle Alzheimer set
 NEIGHBOUR = 0.90  # cosine of two consecutive files that may be slices of one brain
-NEIGHBOUR_RATIO = 10  # tumor sets have ratios above 14, brains on one atlas 2 to 4
+NEIGHBOUR_RATIO = 10  # tumor series reach 46 and more, or 6 at most; brains on one atlas 2 to 4
 LEAST_SERIES = 50  # files of a series, for its ratio to mean anything
 RANDOM_PAIRS = 20_000  # of a series, to compare its consecutive files with
 SPLIT_SEED = b"simclr-brain-1"  # a constant: --seed never moves an image to another split
@@ -562,7 +562,7 @@ def load_images(
 def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Every file of a folder and its folders, in order, but for hidden ones and folders of masks.
 
-    A folder with a config.json is a run of ours and is passed over.
+    A folder whose config.json names a command is a run of ours and is passed over.
 
     Args:
         above: the folders it lies in; a link to one of them would never end.
@@ -571,7 +571,8 @@ def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
         OSError: a folder may not be opened. (Passing over it would change the split in silence.)
     """
     paths, real = sorted(folder.iterdir()), folder.resolve()
-    if real in above or folder / "config.json" in paths:
+    config = folder / "config.json"
+    if real in above or (config in paths and b'"command"' in config.read_bytes()):
         return
     for path in paths:
         if path.is_dir() and path.name[0] != "." and not MASK.fullmatch(path.name):
@@ -863,7 +864,9 @@ def read_table(path: Path, names: list[str], root_name: str, layout: Layout) -> 
     if not listed:
         raise UserError(f"{path} has a row for none of {len(names)} images, such as {names[0]!r}")
     guessed, split_of = layout.task.copy(), {}
-    layout.task[:] = layout.label[:] = layout.published[:] = ""
+    layout.task[:] = layout.label[:] = ""
+    if "split" in columns:
+        layout.published[:] = ""
     for row, name in enumerate(names):
         line = lines.get(name, {})
         if line.get("label"):
@@ -872,7 +875,9 @@ def read_table(path: Path, names: list[str], root_name: str, layout: Layout) -> 
         split = (line.get("split") or "").lower()
         if split not in TABLE_SPLITS:
             raise UserError(f"{path}: {name!r} has the split {split!r}, none of train, val, test")
-        layout.published[row] = split = TABLE_SPLITS[split]
+        split = TABLE_SPLITS[split]
+        if "split" in columns:
+            layout.published[row] = split
         layout.patient[row] = patient = line.get("patient") or layout.patient[row]
         if patient and split in ("train", "val", "test"):
             if split_of.setdefault(patient, split) != split:
@@ -895,8 +900,8 @@ NUMBERED = r"([^/]*\w)[-_ .]\(?\d+\)?\.\w+$"  # H12_3.png: who, then a number
 def propose_pattern(names: list[str]) -> str:
     """A --patient-pattern for file names whose beginnings repeat (H12_3.png), '' if none do.
 
-    A beginning that many names share (Tr-gl) is a series, not a patient: of 20 names or more one
-    may have a twentieth. It is proposed and not used, because nobody but the user can know.
+    A beginning that many names share (Tr-gl) is a series, not a patient: none may hold a
+    twentieth of all names. It is proposed and not used, because nobody but the user can know.
     """
     matches = [re.search(NUMBERED, name) for name in names]
     beginnings = Counter(match[1] for match in matches if match)
@@ -1110,7 +1115,7 @@ def group_images(images: Images, layout: Layout) -> Groups:
         OSError: the near-duplicates cannot be written into the cache.
     """
     # Found once: pixels decide them, so they lie in the cache. What counts of them, names decide.
-    file = images.folder / "near_duplicates.npy"
+    file = images.folder / f"near_duplicates_{NEAR_DUPLICATE}.npy"
     if not file.exists():
         with write_atomically(file) as out:
             np.save(out, near_duplicate_pairs(images.thumbnails))
@@ -1309,6 +1314,8 @@ def was_seen(study: Study, seen: np.ndarray) -> np.ndarray:
     """
     digests = {bytes(digest) for digest in np.ascontiguousarray(seen)}
     same_pixels = np.array([bytes(digest) in digests for digest in study.images.hashes], bool)
+    small = study.images.thumbnails
+    same_pixels &= (small != small[:, :1, :1]).any(axis=(1, 2))  # black images are nobody's
     return np.isin(study.groups, study.groups[same_pixels])
 
 
@@ -1361,7 +1368,7 @@ PHANTOM_LESIONS = {
 
 
 def phantom_names() -> list[str]:
-    """The names of all phantoms, such as tumor/glioma/p0012/3: task, class, patient, slice."""
+    """The names of all phantoms, such as tumor/glioma/p0012/2: task, class, patient, slice."""
     names, patient = [], 0
     for task, classes in KNOWN_TASKS.items():
         for label in classes:

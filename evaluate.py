@@ -379,7 +379,7 @@ def nearest_neighbours(train: Array, labels: Array, queries: Array, num_classes:
 
 
 def leak_meter(thumbnails: Array, labels: Array, groups: Array) -> dict:
-    """What a classifier that has learnt nothing scores by recognising whom it has seen.
+    """What a classifier that has learned nothing scores by recognising whom it has seen.
 
     It answers with the label of the nearest neighbour, by cosine on 32x32 pixels: once among all
     other images, and once among those of other groups. A slice of the same brain is mostly nearer
@@ -465,6 +465,11 @@ def report(title: str, results: dict, val_size: int | None, notes: dict, figures
     split = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in notes.items())
     no_val = "No image was in val: nothing has chosen the epoch. " if val_size == 0 else ""
     few = FEW_GROUPS if metrics["n_groups"] < 20 else ""
+    scaled = (
+        f"{metrics['ece_scaled']:.3f} after temperature scaling by {metrics['temperature']:.2f}"
+    )
+    if metrics["temperature"] == 1:
+        scaled = "it is not scaled, for want of 200 val images"
     return f"""# {markdown(title)}
 
 {metrics["n"]:,} test images of {metrics["n_groups"]:,} groups; 95 % intervals by resampling groups.
@@ -472,20 +477,21 @@ Always answering the commonest class would score an accuracy of {metrics["majori
 
 {score_table("per image", results, SCORES)}
 
-By patients (groups), each by the mean probability of his images, if they share one label:
+By patient, or by group where the patient is unknown: the mean probability of a group's images,
+where they share one label.
 
 {score_table("per patient", patients, SCORES)}
 
 {score_table("class (test images)", classes, ["recall", "specificity", "precision", "f1", "auroc"])}
 
-Confidence is {metrics["ece"]:.3f} away from accuracy on average, {metrics["ece_scaled"]:.3f} after
-temperature scaling by {metrics["temperature"]:.2f} (fitted on val from 200 images on, else 1).
+Confidence is {metrics["ece"]:.3f} away from accuracy on average; {scaled}.
 
 {" ".join(f"![{name}]({name})" for name in figures)}
 
 Held out and dropped: {markdown(split)}.
 
-For research, not for diagnosis. {no_val}{few}
+For research, not for diagnosis.
+{no_val}{few}
 """
 
 

@@ -605,7 +605,8 @@ def load_classifier(path: Path) -> tuple[Classifier, dict]:
     """
     if not path.is_file():
         raise data.UserError(f"no classifier at {path}; make one with: python main.py probe")
-    encoder, checkpoint = simclr.load_encoder(path)
+    what = "a classifier.pt, as `python main.py probe` or `finetune` makes it"
+    encoder, checkpoint = simclr.load_encoder(path, what)
     with simclr.one_line(f"{path} is no classifier.pt of this program"):
         head = HEADS[checkpoint["head_type"]](encoder.feature_dim, len(checkpoint["classes"]))
         head.load_state_dict(checkpoint["head"])

@@ -14,8 +14,8 @@ evaluate.py (the numbers), heads.py (classifiers) and gradcam.py (heat maps), re
     explain:   classifier.pt, images --> where it looked: index.html, and what that is worth
     embed:     encoder.pt, a folder --> features.npz
 
-Every command writes one folder, which config.json describes: nothing of other data or settings is
-ever replaced without --restart. This is the last file.
+Nearly every command writes one folder, which config.json describes. Results of other data or
+settings are replaced with --restart alone, or the command says so. This is the last file.
 """
 
 import multiprocessing
@@ -86,6 +86,10 @@ RUN_FILE = re.compile(
     r"(curve|confusion|roc|reliability|leak|label_efficiency)\.png|(report|table)\.md|index\.html|"
     r"(splits|predictions|table|explain)\.csv"
 )
+# How a refusal calls settings whose values say nothing to a reader.
+OTHER = dict.fromkeys(("fingerprint", "images", "pixels"), "other images")
+OTHER |= {"weights": "another encoder", "pretraining": "another encoder"}
+OTHER |= {"model": "another classifier"}
 # What may differ between two starts of one run: it moves its speed, and the last bits at most.
 MACHINE = {"data", "device", "processes", "threads", "typed", "folder", "commit", "versions"}
 
@@ -246,8 +250,8 @@ def open_run(args: Namespace, out: Path, config: dict) -> Iterator[dict | None]:
 def refuse_other_settings(args: Namespace, out: Path, config: dict) -> None:
     """Compare config.json, where a folder has one, with the run that is about to begin.
 
-    A finished pretraining may be given more epochs. `data` and `predict`, which are quickly typed
-    again, say that they replace what is there.
+    A finished pretraining may be given more epochs. `data`, `predict` and `explain`, which are
+    quickly typed again, say that they replace what is there.
 
     Raises:
         UserError: they differ in anything else.
@@ -262,14 +266,15 @@ def refuse_other_settings(args: Namespace, out: Path, config: dict) -> None:
     different = []
     for key in sorted(config.keys() - MACHINE):
         before, now = former.get(key), config[key]
-        longer = key == "epochs" and args.command == "pretrain" and before and before < now
+        longer = key == "epochs" and args.command == "pretrain" and (before or 0) < now
         if before != now and not longer:
-            different.append(f"{key} {before!s:.30} there, {now!s:.30} here")
-    if different and args.command in ("data", "predict"):
+            values = f"{key} {before!s:.30} there, {now!s:.30} here"
+            different.append(OTHER.get(key, values))
+    if different and args.command in ("data", "predict", "explain"):
         say(f"replaces what was in {out}")
     elif different:
         raise data.UserError(
-            f"{out} has results of other settings: {'; '.join(different)}; give those to go on, "
+            f"{out} has results of {'; '.join(dict.fromkeys(different))}; give the same to go on, "
             "another --out for a second run, or --restart to replace it"
         )
 
@@ -293,7 +298,13 @@ def conclude(out: Path, files: dict[str, object], following: list[str]) -> None:
         say(line)
     there = sorted(path.name for path in out.iterdir() if not path.name.endswith("-map.png"))
     say(f"in {out}/ now: {', '.join(there)}")
-    say("next: " + shlex.join(["python", "main.py", *following]))
+    say_next(following)
+
+
+def say_next(following: list[str]) -> None:
+    """Print the command to type next; `following` are its words after main.py."""
+    program = sys.argv[0] if sys.argv[0].endswith("main.py") else "main.py"
+    say("next: " + shlex.join(["python", program, *following]))
 
 
 def data_flags(args: Namespace) -> list[str]:
@@ -331,7 +342,11 @@ def survey(args: Namespace) -> None:
     why = Counter(data.left_out(study))
     if why[""] < 2:
         raise data.UserError("fewer than 2 images are left to pretrain on; --resplit may help")
-    say("next: " + shlex.join(["python", "main.py", "pretrain", *data_flags(args)]))
+    if not study.tasks:
+        say(
+            "no task here: two or more class folders side by side make one; is --data their folder?"
+        )
+    say_next(["pretrain", *data_flags(args)])
 
 
 def split_table(study: data.Study, task: data.Task) -> list[tuple]:
@@ -570,7 +585,8 @@ def probe(args: Namespace) -> None:
     """Train a head on the frozen encoder, and on two baselines; leaves classifier.pt."""
     study, setup = prepare(args)
     settings = heads.Probing(epochs=args.epochs, seed=args.seed)
-    out = args.out or args.runs / f"probe-{setup.task.name}"
+    kind = "linear" if args.head == "linear" else "probe"
+    out = args.out or args.runs / f"{kind}-{setup.task.name}"
     config = describe_fit(args, study, setup, settings)
     with open_run(args, out, config):
         say("reading features")
@@ -598,6 +614,7 @@ def finetune(args: Namespace) -> None:
         K = len(setup.task.classes)
         head = heads.new_head("fc", setup.encoder.feature_dim, K, args.seed)
         classifier = heads.Classifier(setup.encoder, head)
+        say(f"  {args.epochs} epochs for each of the peak rates {lrs}; val chooses")
         bar = partial(progress_bar, unit="step")
         epochs = heads.finetune(setup, classifier, settings, state, bar)
         save = partial(simclr.save, path=out / "checkpoint.pt")
@@ -641,8 +658,8 @@ def finish(
     files |= {"log.jsonl": trained.records, "splits.csv": split_table(study, task)}
     files["curve.png"] = evaluate.curve_figure(title, trained.records, names, chosen)
     own, untrained, *_ = results.values()
-    if own["accuracy"] <= untrained["accuracy"]:
-        say("The encoder is no better than an untrained one: try more epochs, or larger images.")
+    if args.command == "probe" and own["accuracy"] <= untrained["accuracy"]:
+        say("It is no better than an untrained encoder: try more epochs, or larger images.")
     conclude(out, files, ["explain", *data_flags(args), "--model", str(path)])
 
 
@@ -692,7 +709,7 @@ def compare(args: Namespace) -> None:
                     key = (method, fraction, seed)
                     if key in fits:
                         continue
-                    say(f"  {method}, {fraction:.3%} of the labels, seed {seed}")
+                    say(f"  {method}, {100 * fraction:g} % of the labels, seed {seed}")
                     bar = partial(progress_bar, desc=method)
                     fits[key] = heads.fit(setup, method, fraction, seed, settings, bar)
                     write(out, {"fits.jsonl": fits.values()})
@@ -709,7 +726,7 @@ def compare(args: Namespace) -> None:
         )
         title = f"{setup.task.name}: what labels are worth, {date.today()}"
         files = evaluate.compare_files(chosen, test, title, about)
-        following = ["finetune", *data_flags(args), "--task", setup.task.name]
+        following = ["embed", *data_flags(args)]
         if args.encoder:
             following += ["--encoder", str(args.encoder)]
         conclude(out, files, following)
@@ -759,7 +776,9 @@ def unseen_images(args: Namespace, checkpoint: dict) -> tuple[data.Study, data.T
         args.task = checkpoint["task"]
     task = heads.unseen_task(study, find_task(args, study), checkpoint)
     test = task.part("test")
-    say(f"{len(test):,} images of {task.name} count, {len(task.part('dropped')):,} are left out")
+    seen, dropped = task.notes["dropped_as_seen"], task.notes["dropped_by_the_split"]
+    why = f"{seen:,} as seen in training, {dropped:,} by the split"
+    say(f"{len(test):,} images of {task.name} count; left out: {why}")
     return study, task, task.rows[test]
 
 
@@ -855,7 +874,9 @@ def images_to_explain(args: Namespace, checkpoint: dict) -> Asked:
         labels = np.array(task.classes)[task.labels[test]]
         return Asked(study.images, study.root, rows, labels, task.groups[test])
     images, rows = read_paths(args, checkpoint["image_size"])
-    patients = [data.read_patient(images.names[row], None) or str(row) for row in rows]
+    own = checkpoint["config"].get("patient_pattern")
+    pattern = re.compile(own) if own else None
+    patients = [data.read_patient(images.names[row], pattern) or f"row {row}" for row in rows]
     groups = np.unique(patients, return_inverse=True)[1]
     return Asked(images, Path(), rows, np.full(len(rows), ""), groups)
 
@@ -948,7 +969,7 @@ def embed(args: Namespace) -> None:
         say(f"replaces {place}")
     write(place.parent, {place.name: {"features": h, **columns}})
     say(f"in {place} now: features {h.shape}, paths, labels, tasks, splits")
-    say("next: " + shlex.join(["python", "main.py", *probe_or_embed(args, study, args.encoder)]))
+    say_next(probe_or_embed(args, study, args.encoder))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1019,7 +1040,11 @@ FLAGS = {  # the default stands in brackets
         "help": "linear: the usual probe [%(default)s]",
     },
     "--from-scratch": {"action": "store_true", "help": "begin with --init: supervised baseline"},
-    "--layer": {"choices": STAGES, "default": STAGES[2], "help": "later is coarser [%(default)s]"},
+    "--layer": {
+        "choices": STAGES,
+        "default": gradcam.LAYER,
+        "help": "later is coarser [%(default)s]",
+    },
     "--arch": {"choices": ARCHS, "default": ARCHS[0], "help": "encoder [%(default)s]"},
     "--init": {
         "default": "random",
@@ -1049,7 +1074,8 @@ FLAGS = {  # the default stands in brackets
 READING = "--data --labels --patient-pattern --resplit"
 COMPARED = "--label-fractions --seeds --epochs --precision"
 NETWORK = "--arch --init --image-size --epochs --lr --seed --precision"
-COMMANDS = {  # each with its flags, but for the last three, which all commands have
+COMMON = "--out --restart --device"
+COMMANDS = {  # each with its own flags; all have the COMMON ones
     "data": (survey, f"{READING} --task --image-size"),
     "pretrain": (pretrain, f"{READING} {NETWORK} --batch-size --chunk-size --temperature"),
     "probe": (probe, f"{READING} --task --encoder --head --epochs --seed"),
@@ -1071,7 +1097,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         summary = run.__doc__.splitlines()[0]
         commands[name] = adding.add_parser(name, help=summary, description=summary)
         commands[name].set_defaults(run=run)
-        for flag in f"{flags} --out --restart --device".split():
+        for flag in f"{flags} {COMMON}".split():
             commands[name].add_argument(flag, **FLAGS[flag])
     return parser, commands
 
@@ -1088,7 +1114,7 @@ def parse(argv: list[str]) -> Namespace:
         raise data.UserError(f"no command {argv[0]!r}{hint}; see: python main.py --help")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        hint = did_you_mean(unknown[0], COMMANDS[args.command][1].split())
+        hint = did_you_mean(unknown[0], f"{COMMANDS[args.command][1]} {COMMON}".split())
         see = f"see: python main.py {args.command} --help"
         raise data.UserError(f"{args.command} does not know {unknown[0]!r}{hint}; {see}")
     args.typed = argv
@@ -1098,6 +1124,9 @@ def parse(argv: list[str]) -> Namespace:
 
 def fill_in(args: Namespace) -> None:
     """Give what was not typed the defaults that differ by command and on phantoms."""
+    if args.command == "finetune" and not args.from_scratch:
+        if args.image_size or args.init != "random" or args.arch != "resnet18":
+            raise data.UserError("--arch, --init and --image-size go with --from-scratch alone")
     phantoms = getattr(args, "data", None) is None and not getattr(args, "paths", None)
     # Runs on phantoms lie apart, so that no default encoder is of the other kind.
     args.runs = RUNS / "phantoms" if phantoms else RUNS

@@ -593,7 +593,9 @@ def encoder_checkpoint(encoder: ResNet, config: dict, epoch: int, seen: Tensor) 
     return described | {"epoch": epoch, "config": config, "seen": seen}
 
 
-def load_encoder(path: Path) -> tuple[ResNet, dict]:
+def load_encoder(
+    path: Path, what: str = "an encoder.pt, as `python main.py pretrain` makes it"
+) -> tuple[ResNet, dict]:
     """Read encoder.pt (or classifier.pt, which holds one too) into a ResNet on the CPU.
 
     Every parameter has to be there, of its own name and shape: an encoder loaded in part would
@@ -605,10 +607,12 @@ def load_encoder(path: Path) -> tuple[ResNet, dict]:
     Raises:
         UserError: the file is missing, or is no such checkpoint.
     """
-    checkpoint = load_checkpoint(path, "an encoder.pt, as `python main.py pretrain` makes it")
+    checkpoint = load_checkpoint(path, what)
     with one_line(f"{path} is no encoder.pt of this program"):
         encoder = ARCHITECTURES[checkpoint["arch"]]()
         encoder.load_state_dict(checkpoint["encoder"])
+        for key in ("mean", "std", "epoch", "config", "seen"):
+            checkpoint[key]  # a KeyError names what is missing
         if not 32 <= checkpoint["image_size"] <= 1024:
             raise ValueError(f"image_size {checkpoint['image_size']}")
     return encoder, checkpoint

@@ -507,7 +507,7 @@ def test_names_in_any_script_links_in_circles_and_runs_of_ours(tmp_path):
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     (root / "favourites").symlink_to(root / "tumor")  # sorts before it, and takes nothing away
     fill(root, "runs/explain/overlays/1.png", seed=60)
-    (root / "runs" / "explain" / "config.json").write_text("{}")
+    (root / "runs" / "explain" / "config.json").write_text('{"command": "explain"}')
     study = read(root)
     expected = {*odd, "tumor/glioma/1.png", "tumor/notumor/1.png", "linked/9.png"}
     expected |= {"favourites/glioma/1.png", "favourites/notumor/1.png"}

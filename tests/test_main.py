@@ -416,6 +416,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(elsewhere, monkeypatch
         process.start()
         process.join()
         assert process.exitcode == (-signal.SIGKILL if death else 0), death
+        assert Path(words[-1], "checkpoint.pt").exists()  # not begun anew each time
     run(*PRETRAIN, "3", "--out", "alone")
     whole, killed = (torch.load(f"{out}/checkpoint.pt") for out in ("alone", "killed"))
     pairs = [(whole["weights"], killed["weights"])]

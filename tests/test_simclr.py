@@ -85,16 +85,15 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor], share: float) -> None
 
 
 def test_examples_in_docstrings_hold_and_settings_are_the_published_ones():
-    assert doctest.testmod(simclr).failed == 0 and doctest.testmod(simclr).attempted == 2
+    assert doctest.testmod(simclr) == (0, 2)  # failed, attempted
     assert simclr.Pretraining() == simclr.Pretraining(200, 512, 5e-4, 1e-4, 0.07, None, 0, 0.5, 0.5)
-    assert (
-        simclr.ROTATION == (-15, 15) and simclr.SHEAR == (-5, 5) and simclr.SHIFT == (-0.05, 0.05)
+    assert (simclr.ROTATION, simclr.SHEAR, simclr.SHIFT) == ((-15, 15), (-5, 5), (-0.05, 0.05))
+    assert (simclr.SCALE, simclr.CONTRAST, simclr.BLUR_SIGMA) == (
+        (0.95, 1.05),
+        (0.6, 1.4),
+        (0.1, 2),
     )
-    assert simclr.SCALE == (0.95, 1.05) and simclr.CONTRAST == (0.6, 1.4)
-    assert simclr.BLUR_SIGMA == (0.1, 2) and simclr.BLUR_CHANCE == 0.5
-
-
-# --- views -------------------------------------------------------------------------------------
+    assert (simclr.JITTER_CHANCE, simclr.BLUR_CHANCE) == (0.8, 0.5)
 
 
 def test_flips_are_left_right_and_half_of_the_views(view):
@@ -108,7 +107,6 @@ def test_flips_are_left_right_and_half_of_the_views(view):
     ("name", "value", "operation", "arguments"),
     [
         ("ROTATION", -30, "rotate", (-30.0, "bilinear")),
-        ("ROTATION", 7, "rotate", (7.0, "bilinear")),
         ("SHIFT", 1 / 16, "affine", (0.0, [4, 4], 1.0, [0.0], "bilinear")),
         ("SCALE", 1.1, "affine", (0.0, [0, 0], 1.1, [0.0], "bilinear")),
         ("SHEAR", 6, "affine", (0.0, [0, 0], 1.0, [6.0, 0.0], "bilinear")),
@@ -145,58 +143,41 @@ def test_crops_are_boxes_inside_the_image_of_the_documented_sizes(view):
     ramp = ((torch.arange(16) + 0.5) / 16).expand(4000, 1, 16, 16)
     x, y = view(ramp, **crop)[:, 0, 8], view(ramp.mT, **crop)[:, 0, :, 8]  # (4000, 16)
     width, height = (x[:, 9] - x[:, 6]).abs() * 16 / 3, (y[:, 9] - y[:, 6]) * 16 / 3
-    area, ratio = width * height, width / height
+    area, ratio = width * height, (width / height).log()
     assert 0.19 < area.min() < 0.22 and 0.9 < area.max() < 1.001
-    assert (
-        0.749 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.334 and abs(ratio.log().mean()) < 0.01
-    )
+    assert -0.288 < ratio.min() < -0.26 and 0.26 < ratio.max() < 0.288 and abs(ratio.mean()) < 0.01
     for middle, side in ((x[:, 7:9].mean(1), width), (y[:, 7:9].mean(1), height)):
         assert -1e-4 < (middle - side / 2).min() < 0.02
         assert 0.98 < (middle + side / 2).max() < 1 + 1e-4
 
 
-def test_jitter_and_blur_have_the_documented_chances_and_ranges(view, tv):
+def test_jitter_and_blur_have_the_documented_chances_and_ranges(view):
     half, dot = torch.full((2000, 1, 8, 8), 0.5), F.pad(torch.ones(1000, 1, 1, 1), [10] * 4)
-    bright = view(half, JITTER_CHANCE=simclr.JITTER_CHANCE, BRIGHTNESS=simclr.BRIGHTNESS)[
-        :, 0, 4, 4
-    ]
+    bright = view(half, JITTER_CHANCE=0.8, BRIGHTNESS=simclr.BRIGHTNESS)[:, 0, 4, 4]
     assert abs(((bright - 0.5).abs() < 1e-6).float().mean() - 0.2) < 0.03
     assert 0.3 <= bright.min() < 0.31 and 0.69 < bright.max() <= 0.701
     untouched = view(dot, BLUR_CHANCE=0.5, BLUR_SIGMA=(1.0, 2.0))[:, 0, 10, 10] == 1
     assert abs(untouched.float().mean() - 0.5) < 0.06
     flat, sigma = torch.ones(4, 1, 64, 64), torch.tensor([0, 0.3, 1, 2])
     assert torch.allclose(simclr.gaussian_blur(flat, sigma), flat, atol=1e-6)  # at the rim, too
-    f, image = tv.transforms.v2.functional, smooth_images(1) / 255  # clipped in between
-    theirs = f.adjust_contrast(f.adjust_brightness(view(image), 1.4), 0.6)
-    assert torch.allclose(
-        view(image, BRIGHTNESS=(1.4, 1.4), CONTRAST=(0.6, 0.6)), theirs, atol=1e-5
-    )
 
 
 def test_views_are_two_normalised_and_unlike_for_every_slice(monkeypatch):
     same, key = smooth_images(1).expand(12, -1, -1, -1), (0, 1, 2)
     views = torch.stack(simclr.random_views(same, simclr.generator_for(*key)))
-    assert views.shape == (2, 12, 1, 32, 32) and views.dtype == torch.float32
-    assert -1 <= views.min() < -0.9 and 0.5 < views.max() <= 1
+    assert views.shape == (2, 12, 1, 32, 32) and -1 <= views.min() < -0.9 and 0.5 < views.max() <= 1
     again = torch.stack(simclr.random_views(same / 255, simclr.generator_for(*key), ALL, 0.2, 0.1))
     assert torch.allclose(again * 0.1 + 0.2, views * 0.5 + 0.5, atol=1e-5)
     part = torch.stack(simclr.random_views(same, simclr.generator_for(*key), slice(2, 5)))
     assert torch.allclose(part, views[:, 2:5], atol=1e-6)  # whatever share a process has
-    for off in (
-        GRAYS,
-        PLACES | {"JITTER_CHANCE": 1},
-    ):  # places alone, then gray values alone, differ
+    for off in (GRAYS, PLACES | {"JITTER_CHANCE": 1}):  # places, then gray values, differ alone
         with monkeypatch.context() as patch:
             for name, value in off.items():
                 patch.setattr(simclr, name, value)
             views = torch.cat(simclr.random_views(same, simclr.generator_for(*key))).flatten(1)
         assert (torch.cdist(views, views) + 100 * torch.eye(24)).min() > 0.05
-    for bad in (same[..., :16], same[:, 0], same.expand(-1, 3, -1, -1)):
-        with pytest.raises(ValueError, match="expected"):
-            simclr.random_views(bad, simclr.generator_for(0))
-
-
-# --- the encoder and the projection head -------------------------------------------------------
+    with pytest.raises(ValueError, match="expected"):
+        simclr.random_views(same.expand(-1, 3, -1, -1), simclr.generator_for(0))
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
@@ -218,49 +199,38 @@ def test_resnet_matches_torchvision_with_the_same_weights(tv, arch):
         assert torch.allclose(ours.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_gray_images_feel_no_difference_between_torchvisions_weights_and_ours(tv, arch, tmp_path):
-    """There, a file of theirs with its `fc` and its three colours; and back, conv1 / 3 thrice."""
-    theirs, gray = getattr(tv.models, arch)().eval(), torch.randn(2, 1, 64, 64)
-    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+def test_gray_images_feel_no_difference_between_torchvisions_weights_and_ours(
+    tv, tmp_path, monkeypatch
+):
+    """There, a file of theirs with its `fc` and its colours; and back, conv1 / 3 thrice."""
+    theirs, gray = tv.models.resnet18().eval(), torch.randn(2, 1, 64, 64)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where torchvision leaves its downloads
+    url = Path(tv.models.ResNet18_Weights.DEFAULT.url)
+    path = tmp_path / "hub/checkpoints" / url.name
+    path.parent.mkdir(parents=True)
+    torch.save(theirs.state_dict(), path)
     theirs.fc = nn.Identity()
-    ours, *scaling = simclr.init_encoder(arch, str(tmp_path / "theirs.pth"))
-    assert_close([ours.eval()(gray)], [theirs(gray.expand(-1, 3, -1, -1))], 1e-4)
-    colours = np.mean([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)], axis=1)
-    assert scaling == pytest.approx(colours, abs=1e-3)
-    weights = simclr.ARCHITECTURES[arch]().state_dict()
-    ours.load_state_dict(weights)
+    for init in (str(path), "imagenet"):
+        ours, *scaling = simclr.init_encoder("resnet18", init)
+        assert_close([ours.eval()(gray)], [theirs(gray.expand(-1, 3, -1, -1))], 1e-4)
+        assert scaling == pytest.approx([0.449, 0.226])  # of ImageNet, over its colours
+    ours, *scaling = simclr.init_encoder("resnet18", "random")
+    weights = ours.state_dict()
     weights["conv1.weight"] = weights["conv1.weight"].repeat(1, 3, 1, 1) / 3
     theirs.load_state_dict(weights)
-    assert_close([ours(gray)], [theirs(gray.expand(-1, 3, -1, -1))], 1e-4)
-    other = {"resnet18": "resnet50", "resnet50": "resnet18"}[arch]
-    with pytest.raises(data.UserError, match=f"no weights of a {other}"):
-        simclr.init_encoder(other, str(tmp_path / "theirs.pth"))
+    assert_close([ours.eval()(gray)], [theirs(gray.expand(-1, 3, -1, -1))], 1e-4)
+    assert scaling == [0.5, 0.5]
+    with pytest.raises(data.UserError, match="no weights of a resnet50"):
+        simclr.init_encoder("resnet50", str(path))
 
 
-def test_imagenet_weights_come_from_where_torchvision_keeps_them(tv, tmp_path, monkeypatch):
-    """Its download is its own: a stand-in lies where it would leave the file."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    place = tmp_path / "hub/checkpoints" / tv.models.ResNet18_Weights.DEFAULT.url.split("/")[-1]
-    place.parent.mkdir(parents=True)
-    torch.save(tv.models.resnet18().state_dict(), place)
-    encoder, _, _ = simclr.init_encoder("resnet18", "imagenet")
-    assert torch.equal(encoder.conv1.weight, torch.load(place)["conv1.weight"].sum(1, keepdim=True))
-    assert simclr.init_encoder("resnet18", "random")[1:] == (0.5, 0.5)
-
-
-def test_encoders_have_the_published_sizes_first_weights_and_strides():
+def test_encoders_have_the_published_sizes_and_first_weights():
     for make, E, count in ((simclr.resnet18, 512, 11_170_240), (simclr.resnet50, 2048, 23_501_760)):
         encoder = make()
-        assert encoder.feature_dim == E and encoder.conv1.weight.shape == (64, 1, 7, 7)
-        assert sum(p.numel() for p in encoder.parameters()) == count
+        assert encoder.feature_dim == E and sum(p.numel() for p in encoder.parameters()) == count
         for conv in (m for m in encoder.modules() if isinstance(m, nn.Conv2d)):
             he = (2 / (conv.out_channels * conv.kernel_size[0] ** 2)) ** 0.5  # 1502.01852
             assert conv.weight.std().item() == pytest.approx(he, rel=0.1)
-        x = torch.zeros(2, 64, 16, 16)  # what the stem leaves of 64 pixels
-        for name, stride in simclr.STRIDES.items():
-            x = getattr(encoder, name)(x)
-            assert x.shape[-1] == 64 // stride
 
 
 def test_projection_head_is_two_layers_with_a_relu_between():
@@ -268,9 +238,6 @@ def test_projection_head_is_two_layers_with_a_relu_between():
     hidden = (h @ head[0].weight.T + head[0].bias).clamp(min=0)
     assert_close([head(h)], [hidden @ head[2].weight.T + head[2].bias], 1e-6)
     assert [len(p) for p in simclr.ProjectionHead(64).parameters()] == [512, 512, 128, 128]
-
-
-# --- the loss ----------------------------------------------------------------------------------
 
 
 def slow_nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
@@ -297,8 +264,7 @@ def test_nt_xent_matches_double_loop_from_eq_1(temperature):
     z = projections()
     ours, slow = simclr.nt_xent(*z, temperature), slow_nt_xent(*z, temperature)
     assert abs(ours.item() - slow.item()) < 1e-10
-    for g, h in zip(torch.autograd.grad(ours, z), torch.autograd.grad(slow, z), strict=True):
-        assert torch.allclose(g, h, atol=1e-10, rtol=0)
+    assert_close(torch.autograd.grad(ours, z), torch.autograd.grad(slow, z), 1e-10)
 
 
 def test_nt_xent_has_its_closed_forms_and_ignores_scale():
@@ -329,9 +295,6 @@ def test_contrastive_statistics_know_perfect_half_none_and_collapse():
     assert simclr.contrastive_statistics(z, torch.cat([z[:4], z[4:].roll(1, 0)]))[0] == 0.5
     assert simclr.contrastive_statistics(z, z.roll(1, 0))[0] == 0  # all positives are strangers
     assert simclr.contrastive_statistics(one, one)[1] == 0
-
-
-# --- the step and the loop ---------------------------------------------------------------------
 
 
 def test_training_step_contrasts_two_views_of_each_slice_at_its_temperature():
@@ -375,24 +338,15 @@ def steps(monkeypatch):
     return noted
 
 
-def test_each_epoch_takes_every_slice_once_in_an_order_of_its_own(steps):
+def test_no_two_epochs_have_one_order_or_draw_the_same_views_and_the_seed_moves_both(steps):
     images = torch.arange(14, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 32, 32)
-    train(linear(), images, epochs=3)  # three steps of four, two slices wait
-    assert all(batch.shape == (4, 1, 32, 32) and batch.dtype == torch.uint8 for batch, _ in steps)
-    order = torch.stack([batch[:, 0, 0, 0] for batch, _ in steps]).view(3, 12).tolist()
-    assert all(len(set(epoch)) == 12 for epoch in order) and order[0] != sorted(order[0])
-    assert order[0] != order[1] != order[2] != order[0]
-
-
-def test_no_two_steps_draw_the_same_views_and_the_seed_moves_them(steps):
-    keys = np.ndindex(3, 3, 3)
-    assert len({simclr.seed_from(*key) for key in keys} | {simclr.seed_from(2**40, 0, 0)}) == 28
-    images = smooth_images(1).expand(8, -1, -1, -1)
     for seed in (0, 1, 0):
-        train(linear(), images, seed=seed)  # two epochs of two steps
-    views = torch.stack([simclr.random_views(x, g)[0].flatten() for x, g in steps])
-    assert (torch.cdist(views[:8], views[:8]) + 100 * torch.eye(8)).min() > 1
-    assert torch.equal(views[:4], views[8:])
+        train(linear(), images, epochs=3, seed=seed)  # three steps of four, two slices wait
+    order = torch.stack([batch[:, 0, 0, 0] for batch, _ in steps]).view(9, 12).tolist()
+    assert all(len(set(epoch)) == 12 for epoch in order) and order[0] != sorted(order[0])
+    assert len(set(map(tuple, order))) == 6 and order[:3] == order[6:]
+    seeds = [generator.initial_seed() for _, generator in steps]  # of the views
+    assert len(set(seeds)) == 18 and seeds[:9] == seeds[18:]
 
 
 def test_learning_rate_rises_then_falls_to_a_fiftieth(steps, monkeypatch):
@@ -417,11 +371,8 @@ def test_weight_decay_shrinks_matrices_and_spares_biases_and_norms(steps):
 
 
 def test_a_record_holds_the_means_of_its_epoch(steps):
-    ranges = []
-    run = train(linear(), smooth_images(9), progress=lambda r: ranges.append(r) or r)
-    assert ranges == [range(2)] * 2
-    for epoch, (record, _) in enumerate(run, start=1):
-        assert record["images_per_second"] * record.pop("seconds") == pytest.approx(8)
+    for epoch, (record, _) in enumerate(train(linear(), smooth_images(9)), start=1):
+        assert record["images_per_second"] * record["seconds"] == pytest.approx(8)
         _, std = simclr.contrastive_statistics(torch.eye(4), torch.eye(4))
         means = {"loss": 2 * epoch - 0.5, "contrastive_accuracy": 1, "embedding_std": std.item()}
         assert record.items() >= (means | {"epoch": epoch}).items()
@@ -447,43 +398,24 @@ def test_pretraining_lowers_loss_on_a_tiny_batch():
     assert abs(losses[0] - math.log(31)) < 0.5 and sum(losses[-5:]) / 5 < losses[0] - 0.5
 
 
-def test_pretraining_repeats_to_the_bit_whatever_others_do_and_listens_to_the_seed(tmp_path):
-    """Others draw numbers, leave the networks in eval mode, and map more images into memory."""
-    images, rows = smooth_images(13), np.random.default_rng(0).permutation(40)[:13]
-    spread = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.uint8, (40, 32, 32))
-    spread[rows] = images[:, 0]
-    plain, again, other = tiny(), tiny(), tiny()
-    train(plain, images)
-    train(other, images, seed=1)
-    for _ in simclr.pretrain(again, spread, rows, simclr.Pretraining(2, 4), CPU, bf16=False):
-        torch.rand(5)
-        again.eval()
-    assert same_weights(plain, again) and not same_weights(plain, other)
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_run_resumed_from_its_state_ends_as_if_it_had_never_stopped(bf16):
-    """To the bit, by way of a file. The state itself costs nothing: it refers to the weights."""
+    """To the bit, by way of a file, whatever others draw or lay between the images meanwhile."""
     images, networks, run = smooth_images(9), tiny(), []
+    spread, rows = np.zeros((20, 32, 32), np.uint8), np.random.default_rng(0).permutation(20)[:9]
+    spread[rows] = images[:, 0]
     how = simclr.Pretraining(3, 4), CPU, bf16
-    for record, state in simclr.pretrain(networks, images[:, 0].numpy(), np.arange(9), *how):
-        weight = state["weights"]["encoder.conv1.weight"]
-        assert weight.data_ptr() == networks["encoder"].conv1.weight.data_ptr()
-        file = io.BytesIO()
-        torch.save(state, file)
-        run.append(({k: v for k, v in record.items() if "second" not in k}, file))
-    for record, file in run:
-        state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-        other = tiny(seed=1)
-        later = [r for r, _ in train(other, images, bf16, epochs=3, resume=state)]
-        for again, (first, _) in zip(later, run[record["epoch"] :], strict=True):
+    for record, state in simclr.pretrain(networks, spread, rows, *how):
+        run.append(({k: v for k, v in record.items() if "second" not in k}, io.BytesIO()))
+        torch.save(state, run[-1][1])
+        torch.rand(5)
+        networks.eval()
+    for epoch, (_, file) in enumerate(run, start=1):
+        state, other = torch.load(io.BytesIO(file.getvalue()), weights_only=True), tiny(seed=1)
+        later = [record for record, _ in train(other, images, bf16, epochs=3, resume=state)]
+        for again, (first, _) in zip(later, run[epoch:], strict=True):
             assert again.items() >= first.items()
         assert not later or same_weights(networks, other)
-    longer = train(other, images, bf16, epochs=4, resume=state)  # a finished run is extended
-    assert [r["epoch"] for r, _ in longer] == [4]
-
-
-# --- checkpoints -------------------------------------------------------------------------------
 
 
 def test_encoder_checkpoint_survives_the_round_trip_and_strangers_are_refused(tmp_path):
@@ -529,16 +461,6 @@ def test_a_full_disk_is_an_oserror(monkeypatch):
     monkeypatch.setattr(data, "write_atomically", lambda _: open("/dev/full", "wb", buffering=0))
     with pytest.raises(OSError, match="No space left"):
         simclr.save({"a": torch.zeros(10**6)}, Path("a.pt"))
-
-
-# --- large batches -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 4, 6])
-def test_chunks_add_up_to_the_gradients_of_the_plain_step(chunk):
-    """In eval mode batch norm does not mix slices, so the two must be one and the same."""
-    plain = step(tiny().eval(), smooth_images(6))
-    assert_close(step(tiny().eval(), smooth_images(6), chunk_size=chunk), plain, 1e-5)
 
 
 def test_chunks_are_even_keep_no_activations_and_have_their_own_batch_norm():
@@ -595,12 +517,3 @@ def test_two_processes_find_the_gradients_and_weights_of_one(tmp_path):
         for name in ("plain", "chunks"):
             assert_close(found[name][:1], alone[:1], 1e-10)
             assert_close(found[name], alone, 1e-4)
-
-
-def test_bf16_and_memory_format_follow_the_hardware(monkeypatch):
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    assert simclr.native_bf16(CPU)[0] == ("avx512_bf16" in flags or "amx_bf16" in flags)
-    for newest, layout in (("AVX512", torch.contiguous_format), ("AVX2", torch.channels_last)):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda newest=newest: newest)
-        assert simclr.memory_format(CPU, bf16=False) == layout
-        assert simclr.memory_format(CPU, bf16=True) == torch.channels_last
