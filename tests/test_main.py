@@ -457,7 +457,7 @@ def test_a_finished_run_stays_may_be_extended_and_is_restarted_when_asked(elsewh
     Path("runs/probe-mine/notes.txt").write_text("the user's own")
     run(*PRETRAIN, "0", "--seed", "1", "--restart")
     assert torch.load("runs/pretrain/encoder.pt", weights_only=True)["epoch"] == 0
-    assert "weights" in refused(*probe, "2") and "epochs 2 there, 1 here" in refused(*probe, "1")
+    assert "another encoder" in refused(*probe, "2") and "epochs 2 there, 1 here" in refused(*probe, "1")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(heads, "task_features", interrupt)
         main.main([*probe, "1", "--restart"])
@@ -495,7 +495,7 @@ def test_evaluate_takes_some_classes_and_never_replaces_another_hospitals_result
     plant("second/mine", "sick odd", patients=2, seed=3)
     before, second = result.read_bytes(), ["evaluate", *MODEL, "--data", "second"]
     line = refused(*second)
-    assert "other settings" in line and "--out" in line and result.read_bytes() == before
+    assert "other images" in line and "--out" in line and result.read_bytes() == before
     run(*second, "--restart")
     assert result.read_bytes() != before
     run("evaluate", *MODEL, "--data", "hospital", "--restart")
