@@ -135,7 +135,7 @@ def choose_device(args: Namespace) -> None:
     native, why = simclr.native_bf16(args.device)
     precision = getattr(args, "precision", "fp32")  # only commands that train have the flag
     args.bf16 = native if precision == "auto" else precision == "bf16"
-    say(f"on {name}: training in {'bf16' if args.bf16 else 'float32'} ({why}), all else in float32")
+    say(f"on {name}, " + (f"training in bf16 ({why})" if args.bf16 else "in float32"))
 
 
 def load_study(args: Namespace, image_size: int) -> data.Study:

@@ -3,7 +3,6 @@
 import doctest
 import io
 import math
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +66,10 @@ def step(networks: nn.ModuleDict, images: Tensor, bf16: bool = False, **settings
     return [*outputs, *(p.grad.clone() for p in networks.parameters())]
 
 
-def train(networks, images, bf16=False, resume=None, progress=iter, **settings) -> list[tuple]:
+def train(networks, images, bf16=False, resume=None, **settings) -> list[tuple]:
     """All (record, state) of a run, by default of two epochs in batches of four."""
-    how = simclr.Pretraining(**{"batch_size": 4, "epochs": 2} | settings), CPU, bf16
-    rows = np.arange(len(images))
-    return list(simclr.pretrain(networks, images[:, 0].numpy(), rows, *how, resume, progress))
+    how = simclr.Pretraining(**{"batch_size": 4, "epochs": 2} | settings), CPU, bf16, resume
+    return list(simclr.pretrain(networks, images[:, 0].numpy(), np.arange(len(images)), *how))
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -88,61 +86,45 @@ def test_examples_in_docstrings_hold_and_settings_are_the_published_ones():
     assert doctest.testmod(simclr) == (0, 2)  # failed, attempted
     assert simclr.Pretraining() == simclr.Pretraining(200, 512, 5e-4, 1e-4, 0.07, None, 0, 0.5, 0.5)
     assert (simclr.ROTATION, simclr.SHEAR, simclr.SHIFT) == ((-15, 15), (-5, 5), (-0.05, 0.05))
-    assert (simclr.SCALE, simclr.CONTRAST, simclr.BLUR_SIGMA) == (
-        (0.95, 1.05),
-        (0.6, 1.4),
-        (0.1, 2),
-    )
-    assert (simclr.JITTER_CHANCE, simclr.BLUR_CHANCE) == (0.8, 0.5)
-
-
-def test_flips_are_left_right_and_half_of_the_views(view):
-    images = smooth_images(400, 16) / 255
-    changed = (view(images) - images).abs().amax((1, 2, 3)) > 1e-5
-    assert 150 < changed.sum() < 250
-    assert torch.allclose(view(images)[changed], images[changed].flip(-1), atol=1e-5)
+    assert (simclr.SCALE, simclr.CONTRAST) == ((0.95, 1.05), (0.6, 1.4))
+    assert (simclr.BLUR_SIGMA, simclr.BLUR_CHANCE, simclr.JITTER_CHANCE) == ((0.1, 2), 0.5, 0.8)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "operation", "arguments"),
+    ("ranges", "theirs", "rim"),
     [
-        ("ROTATION", -30, "rotate", (-30.0, "bilinear")),
-        ("SHIFT", 1 / 16, "affine", (0.0, [4, 4], 1.0, [0.0], "bilinear")),
-        ("SCALE", 1.1, "affine", (0.0, [0, 0], 1.1, [0.0], "bilinear")),
-        ("SHEAR", 6, "affine", (0.0, [0, 0], 1.0, [6.0, 0.0], "bilinear")),
-        ("BRIGHTNESS", 1.4, "adjust_brightness", (1.4,)),
-        ("CONTRAST", 0.6, "adjust_contrast", (0.6,)),
-        ("BLUR_SIGMA", 1.3, "gaussian_blur", (7, [1.3])),
+        ({"ROTATION": -30}, {"rotate": (-30.0, "bilinear")}, 0),
+        ({"SHIFT": 1 / 16}, {"affine": (0.0, [4, 4], 1.0, [0.0], "bilinear")}, 0),
+        ({"CONTRAST": 0.6}, {"adjust_contrast": (0.6,)}, 0),
+        ({"BRIGHTNESS": 1.4}, {"adjust_brightness": (1.4,)}, 0),
+        ({"BLUR_SIGMA": 1.3}, {"gaussian_blur": (7, [1.3])}, 3),
+        (
+            {"ROTATION": 30, "SHIFT": 6 / 64, "SCALE": 1.1, "SHEAR": 9},
+            {"rotate": (30.0, "bilinear"), "affine": (0.0, [6, 6], 1.1, [9.0, 0.0], "bilinear")},
+            20,
+        ),
     ],
 )
-def test_each_operation_matches_torchvision(view, tv, name, value, operation, arguments):
-    """But for the rim of a blur, where our window is cut and torchvision's reflects."""
-    images = smooth_images(4, 64) / 255
-    theirs = [getattr(tv.transforms.v2.functional, operation)(x, *arguments) for x in view(images)]
-    inside = slice(3, -3) if name == "BLUR_SIGMA" else slice(None)
-    difference = view(images, **{name: (value, value)}) - torch.stack(theirs)
-    assert difference[..., inside, inside].abs().max() < 1e-4
+def test_one_resampling_and_gray_values_match_torchvision(view, tv, ranges, theirs, rim):
+    """Nearly, where theirs are many resamplings, of a crop first; at a rim ours is another blur."""
+    images, crop = smooth_images(4, 64) / 255, {"CROP_AREA": (0.6, 0.6)} if rim == 20 else {}
+    expected = view(images, **crop)
+    for operation, arguments in theirs.items():
+        expected = getattr(tv.transforms.v2.functional, operation)(expected, *arguments)
+    ours = view(images, **crop, **{name: (value, value) for name, value in ranges.items()})
+    inside = slice(rim, 64 - rim)
+    error = (ours - expected)[..., inside, inside].abs().max()
+    assert error < (0.02 if rim == 20 else 1e-4)  # in the other order it is above 0.1
 
 
-def test_one_resampling_does_crop_rotation_and_affine_in_order(view, tv):
-    """Nearly: one resampling blurs less than three. The other order is another view."""
-    images, f = smooth_images(4, 64) / 255, tv.transforms.v2.functional
-    crop, affine = {"CROP_AREA": (0.6, 0.6)}, (0.0, [6, 6], 1.1, [9.0, 0.0], "bilinear")
-    cropped = view(images, **crop)
-    in_order = f.affine(f.rotate(cropped, 30.0, "bilinear"), *affine)
-    backwards = f.rotate(f.affine(cropped, *affine), 30.0, "bilinear")
-    turned = crop | {"ROTATION": (30, 30), "SHIFT": (6 / 64, 6 / 64), "SCALE": (1.1, 1.1)}
-    ours = view(images, **turned, SHEAR=(9, 9))
-    near, far = ((ours - x).abs()[..., 20:44, 20:44].max() for x in (in_order, backwards))
-    assert near < 0.02 < 0.1 < far
-
-
-def test_crops_are_boxes_inside_the_image_of_the_documented_sizes(view):
+def test_crops_are_boxes_inside_the_image_of_the_documented_sizes_and_half_are_mirrored(view):
     """A ramp shows which box was cut: its crop is the ramp between the box's sides."""
     crop = {"CROP_AREA": simclr.CROP_AREA, "CROP_RATIO": simclr.CROP_RATIO}
     ramp = ((torch.arange(16) + 0.5) / 16).expand(4000, 1, 16, 16)
     x, y = view(ramp, **crop)[:, 0, 8], view(ramp.mT, **crop)[:, 0, :, 8]  # (4000, 16)
-    width, height = (x[:, 9] - x[:, 6]).abs() * 16 / 3, (y[:, 9] - y[:, 6]) * 16 / 3
+    width, height = (x[:, 9] - x[:, 6]) * 16 / 3, (y[:, 9] - y[:, 6]) * 16 / 3
+    assert abs((width < 0).float().mean() - 0.5) < 0.03 and height.min() > 0  # left-right alone
+    width = width.abs()
     area, ratio = width * height, (width / height).log()
     assert 0.19 < area.min() < 0.22 and 0.9 < area.max() < 1.001
     assert -0.288 < ratio.min() < -0.26 and 0.26 < ratio.max() < 0.288 and abs(ratio.mean()) < 0.01
@@ -151,15 +133,13 @@ def test_crops_are_boxes_inside_the_image_of_the_documented_sizes(view):
         assert 0.98 < (middle + side / 2).max() < 1 + 1e-4
 
 
-def test_jitter_and_blur_have_the_documented_chances_and_ranges(view):
+def test_jitter_and_blur_happen_by_chance(view):
     half, dot = torch.full((2000, 1, 8, 8), 0.5), F.pad(torch.ones(1000, 1, 1, 1), [10] * 4)
-    bright = view(half, JITTER_CHANCE=0.8, BRIGHTNESS=simclr.BRIGHTNESS)[:, 0, 4, 4]
+    bright = view(half, JITTER_CHANCE=0.8, BRIGHTNESS=(0.6, 1.4))[:, 0, 4, 4]
     assert abs(((bright - 0.5).abs() < 1e-6).float().mean() - 0.2) < 0.03
     assert 0.3 <= bright.min() < 0.31 and 0.69 < bright.max() <= 0.701
-    untouched = view(dot, BLUR_CHANCE=0.5, BLUR_SIGMA=(1.0, 2.0))[:, 0, 10, 10] == 1
-    assert abs(untouched.float().mean() - 0.5) < 0.06
-    flat, sigma = torch.ones(4, 1, 64, 64), torch.tensor([0, 0.3, 1, 2])
-    assert torch.allclose(simclr.gaussian_blur(flat, sigma), flat, atol=1e-6)  # at the rim, too
+    sharp = view(dot, BLUR_CHANCE=0.5, BLUR_SIGMA=(1.0, 2.0))[:, 0, 10, 10] == 1
+    assert abs(sharp.float().mean() - 0.5) < 0.06
 
 
 def test_views_are_two_normalised_and_unlike_for_every_slice(monkeypatch):
@@ -199,14 +179,11 @@ def test_resnet_matches_torchvision_with_the_same_weights(tv, arch):
         assert torch.allclose(ours.state_dict()[name], value), name
 
 
-def test_gray_images_feel_no_difference_between_torchvisions_weights_and_ours(
-    tv, tmp_path, monkeypatch
-):
+def test_gray_images_see_no_difference_to_torchvisions_weights(tv, tmp_path, monkeypatch):
     """There, a file of theirs with its `fc` and its colours; and back, conv1 / 3 thrice."""
     theirs, gray = tv.models.resnet18().eval(), torch.randn(2, 1, 64, 64)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where torchvision leaves its downloads
-    url = Path(tv.models.ResNet18_Weights.DEFAULT.url)
-    path = tmp_path / "hub/checkpoints" / url.name
+    path = tmp_path / "hub/checkpoints" / Path(tv.models.ResNet18_Weights.DEFAULT.url).name
     path.parent.mkdir(parents=True)
     torch.save(theirs.state_dict(), path)
     theirs.fc = nn.Identity()
@@ -224,20 +201,17 @@ def test_gray_images_feel_no_difference_between_torchvisions_weights_and_ours(
         simclr.init_encoder("resnet50", str(path))
 
 
-def test_encoders_have_the_published_sizes_and_first_weights():
+def test_encoders_and_projection_head_have_the_published_sizes_first_weights_and_relu():
     for make, E, count in ((simclr.resnet18, 512, 11_170_240), (simclr.resnet50, 2048, 23_501_760)):
         encoder = make()
         assert encoder.feature_dim == E and sum(p.numel() for p in encoder.parameters()) == count
         for conv in (m for m in encoder.modules() if isinstance(m, nn.Conv2d)):
             he = (2 / (conv.out_channels * conv.kernel_size[0] ** 2)) ** 0.5  # 1502.01852
             assert conv.weight.std().item() == pytest.approx(he, rel=0.1)
-
-
-def test_projection_head_is_two_layers_with_a_relu_between():
-    head, h = simclr.ProjectionHead(6, hidden_dim=5, out_dim=3), torch.randn(4, 6)
+    head, h = simclr.ProjectionHead(64), torch.randn(4, 64)
     hidden = (h @ head[0].weight.T + head[0].bias).clamp(min=0)
     assert_close([head(h)], [hidden @ head[2].weight.T + head[2].bias], 1e-6)
-    assert [len(p) for p in simclr.ProjectionHead(64).parameters()] == [512, 512, 128, 128]
+    assert [len(p) for p in head.parameters()] == [512, 512, 128, 128]
 
 
 def slow_nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
@@ -319,8 +293,7 @@ def test_networks_run_in_bf16_where_it_is_asked_for_and_the_loss_never(bf16):
     assert step(networks, smooth_images(4), bf16)[0].dtype == torch.float32
     train(networks, smooth_images(4), bf16, epochs=1)
     assert seen == [torch.bfloat16 if bf16 else torch.float32] * 6
-    weight, layout = networks["encoder"].layer4[0].conv1.weight, simclr.memory_format(CPU, bf16)
-    assert weight.dtype == torch.float32 and weight.is_contiguous(memory_format=layout)
+    assert {p.dtype for p in networks.parameters()} == {torch.float32}
 
 
 @pytest.fixture
@@ -349,16 +322,17 @@ def test_no_two_epochs_have_one_order_or_draw_the_same_views_and_the_seed_moves_
     assert len(set(seeds)) == 18 and seeds[:9] == seeds[18:]
 
 
-def test_learning_rate_rises_then_falls_to_a_fiftieth(steps, monkeypatch):
+def test_learning_rate_rises_then_falls_to_a_fiftieth_and_records_hold_means(steps, monkeypatch):
     """Half a cosine over the run; the first 5 % of the steps are on a line to it, from 0."""
     cosine = [(1 + math.cos(math.pi * now / 100)) / 2 for now in range(100)]
     expected = [(1e-5 + 49e-5 * cosine[now]) * min(1, (now + 1) / 5) for now in range(100)]
     rates, set_lr = [], simclr.set_lr
     monkeypatch.setattr(simclr, "set_lr", lambda o, lr: (set_lr(o, lr), rates.append(lr)))
-    run = train(linear(), smooth_images(20), epochs=20)
-    assert rates == pytest.approx(expected) and rates[-1] == pytest.approx(1e-5, rel=0.02)
-    assert [record["lr"] for record, _ in run] == rates[4::5]
-    assert [g["lr"] for g in run[-1][1]["optimizer"]["param_groups"]] == [rates[-1]] * 2
+    records = [record for record, _ in train(linear(), smooth_images(20), epochs=20)]
+    assert rates == pytest.approx(expected) and [record["lr"] for record in records] == rates[4::5]
+    for epoch, record in enumerate(records, start=1):
+        means = {"epoch": epoch, "loss": 5 * epoch - 2, "contrastive_accuracy": 1}
+        assert record.items() >= means.items()
 
 
 def test_weight_decay_shrinks_matrices_and_spares_biases_and_norms(steps):
@@ -368,14 +342,6 @@ def test_weight_decay_shrinks_matrices_and_spares_biases_and_norms(steps):
     train(networks, smooth_images(4), epochs=1, lr=0.1, weight_decay=0.5)
     for name, p in networks.named_parameters():
         assert torch.allclose(p, before[name] * (0.95 if p.ndim > 1 else 1)), name
-
-
-def test_a_record_holds_the_means_of_its_epoch(steps):
-    for epoch, (record, _) in enumerate(train(linear(), smooth_images(9)), start=1):
-        assert record["images_per_second"] * record["seconds"] == pytest.approx(8)
-        _, std = simclr.contrastive_statistics(torch.eye(4), torch.eye(4))
-        means = {"loss": 2 * epoch - 0.5, "contrastive_accuracy": 1, "embedding_std": std.item()}
-        assert record.items() >= (means | {"epoch": epoch}).items()
 
 
 def test_a_loss_that_is_no_number_stops_before_the_step(monkeypatch):
@@ -388,13 +354,9 @@ def test_a_loss_that_is_no_number_stops_before_the_step(monkeypatch):
 
 
 def test_pretraining_lowers_loss_on_a_tiny_batch():
-    """Sixteen gratings are distinguished in 20 steps; before, a view is one of 31 others."""
-    pixel, pitch = torch.arange(32)[:, None], torch.tensor([0.3, 0.6, 1.2, 2.2]).repeat(4)
-    angle = torch.linspace(0, 3, 16)[:, None, None]
-    waves = (pitch[:, None, None] * (pixel * angle.sin() + pixel.T * angle.cos())).sin()
-    images = (127 + 100 * waves).byte()[:, None]
-    run = train(tiny(), images, epochs=20, batch_size=16, lr=1e-3, temperature=0.2)
-    losses = [record["loss"] for record, _ in run]
+    """Before, a view is one of 31 others."""
+    how = {"epochs": 20, "batch_size": 16, "lr": 1e-3, "temperature": 0.2}
+    losses = [record["loss"] for record, _ in train(tiny(), smooth_images(16), **how)]
     assert abs(losses[0] - math.log(31)) < 0.5 and sum(losses[-5:]) / 5 < losses[0] - 0.5
 
 
@@ -436,31 +398,17 @@ def test_encoder_checkpoint_survives_the_round_trip_and_strangers_are_refused(tm
             simclr.load_encoder(path)
 
 
-class Harm:
-    """Pickled, it creates a file when somebody unpickles it."""
-
-    def __reduce__(self) -> tuple:
-        return Path("harmed").touch, ()
-
-
 def test_no_checkpoint_is_one_line_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"config": CONFIG, "arch": Harm()}, "harm.pt")
-    Path("half.pt").write_bytes(Path("harm.pt").read_bytes()[:300])
-    Path("text.pt").write_text("no checkpoint")
-    for name in ("harm.pt", "half.pt", "text.pt", "missing.pt"):
+    torch.save(CONFIG, "whole.pt")
+    Path("half.pt").write_bytes(Path("whole.pt").read_bytes()[:300])
+    Path("harm.pt").write_bytes(b"cos\nsystem\n(S'touch harmed'\ntR.")  # once it is unpickled
+    for name in ("harm.pt", "half.pt", "missing.pt"):
         with pytest.raises(data.UserError, match=rf"^{name} .*main.py pretrain.*\)$"):
             simclr.load_encoder(Path(name))
         with pytest.raises(data.UserError, match=rf"{name} has no weights of a resnet18.*\)$"):
             simclr.init_encoder("resnet18", name)
     assert not Path("harmed").exists()
-
-
-def test_a_full_disk_is_an_oserror(monkeypatch):
-    """torch.save makes a RuntimeError of it, which nobody catches."""
-    monkeypatch.setattr(data, "write_atomically", lambda _: open("/dev/full", "wb", buffering=0))
-    with pytest.raises(OSError, match="No space left"):
-        simclr.save({"a": torch.zeros(10**6)}, Path("a.pt"))
 
 
 def test_chunks_are_even_keep_no_activations_and_have_their_own_batch_norm():
@@ -493,27 +441,20 @@ def share_of_the_work(chunk_size: int | None) -> list[Tensor]:
     return [*found, *losses, *(p.detach() for p in networks.parameters())]
 
 
-def one_process(rank: int, port: int, out: Path) -> None:
+def one_process(rank: int, place: Path) -> None:
     """What each of two does; runs in a process of its own."""
     torch.set_num_threads(1)
-    rendezvous = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=2)
-    found = {"plain": share_of_the_work(None), "chunks": share_of_the_work(2)}
-    found["bf16"] = simclr.gather(torch.tensor([[rank]]).bfloat16()).tolist()
-    torch.save(found, out / f"{rank}.pt")
+    meet = f"file://{place}/meet"
+    torch.distributed.init_process_group("gloo", meet, rank=rank, world_size=2)
+    torch.save([share_of_the_work(None), share_of_the_work(2)], place / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_find_the_gradients_and_weights_of_one(tmp_path):
     """A gather that drops the graph, or a mean where a sum belongs, points nearly the same way."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(one_process, (port, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(one_process, (tmp_path,), nprocs=2)
     alone = share_of_the_work(None)
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        assert found["bf16"] == [[0], [1]]
-        for name in ("plain", "chunks"):
-            assert_close(found[name][:1], alone[:1], 1e-10)
-            assert_close(found[name], alone, 1e-4)
+        for found in torch.load(tmp_path / f"{rank}.pt"):  # at once, and in chunks
+            assert_close(found[:1], alone[:1], 1e-10)
+            assert_close(found, alone, 1e-4)
