@@ -5,6 +5,7 @@ import html
 import re
 import shutil
 import subprocess
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -18,18 +19,12 @@ import simclr
 from gradcam import GradCAM
 
 
-class Net(nn.Module):
+def net(seed: int = 0) -> nn.Sequential:
     """A ResNet-18 with one linear layer on top, its batch norm statistics those of some noise."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.encoder, self.head = simclr.resnet18(), nn.Linear(512, 3)
-        self.train()(torch.randn(8, 1, 64, 64))
-        self.eval()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.encoder(x))
+    torch.manual_seed(seed)
+    model = nn.Sequential(OrderedDict(encoder=simclr.resnet18(), head=nn.Linear(512, 3)))
+    model(torch.randn(8, 1, 64, 64))
+    return model.eval()
 
 
 def noise(n: int = 3, size: int = 64) -> torch.Tensor:
@@ -38,7 +33,7 @@ def noise(n: int = 3, size: int = 64) -> torch.Tensor:
 
 def test_with_average_pooling_and_one_linear_layer_the_map_is_cam():
     """CAM (Zhou et al., 1512.04150): the class's weights times the last activations, over h w."""
-    model, images = Net(), noise()
+    model, images = net(), noise()
     with torch.no_grad():
         model.head.weight[2].abs_().neg_()  # activations are >= 0: nothing speaks for class 2
     with GradCAM(model, "encoder.layer4") as cam:
@@ -64,44 +59,36 @@ def test_alpha_is_the_slope_of_each_images_own_score_along_a_channel():
         expected += slope[each, classes][:, None, None] / 64 * activation[:, c]
     with GradCAM(model, "0") as cam, torch.no_grad():
         cam(images, classes)
-    assert torch.allclose(cam.raw, expected.clamp(min=0), atol=1e-6)
-    assert torch.equal(cam.activation, activation) and activation.min() < 0 < cam.raw.max() - 1e-3
+    assert torch.allclose(cam.raw, expected.clamp(min=0), atol=1e-6) and cam.raw.max() > 1e-3
 
 
 @pytest.mark.parametrize("stage", ["layer2", "layer3", "layer4"])
 def test_the_map_is_that_of_pytorch_grad_cam_before_scaling(stage):
     other = pytest.importorskip("pytorch_grad_cam", reason="pip install grad-cam")
-    model, images, theirs = Net(), noise(), []
-
-    class Kept(other.GradCAM):
-        def get_cam_image(self, *args: object) -> np.ndarray:
-            theirs.append(super().get_cam_image(*args))
-            return theirs[-1]
-
-    layer, target = getattr(model.encoder, stage), other.utils.model_targets.ClassifierOutputTarget
-    with GradCAM(model, layer) as cam, Kept(model, [layer]) as kept:
+    model, images, target = net(), noise(), other.utils.model_targets.ClassifierOutputTarget
+    layer = getattr(model.encoder, stage)
+    with GradCAM(model, layer) as cam, other.GradCAM(model, [layer]) as kept:
         for k in (0, 1, None):  # None = the predicted classes
             cam(images, k)
             kept(images, None if k is None else [target(k)] * len(images))
-            assert np.abs(np.maximum(theirs[-1], 0) - cam.raw.numpy()).max() < 1e-5
+            store = kept.activations_and_grads
+            found = (values[0].numpy() for values in (store.activations, store.gradients))
+            theirs = kept.get_cam_image(None, None, None, *found)
+            assert np.abs(np.maximum(theirs, 0) - cam.raw.numpy()).max() < 1e-5
 
 
-WAYS_OUT = [("encoder.layer2", 0, ""), ("encoder.layer2", 3, r"in \[0, 3\), got 3")]
-WAYS_OUT += [("encoder.layer2", -1, "got -1"), ("head", 0, r"no spatial map: \(3, 3\)")]
-WAYS_OUT += [("encoder.layer4", 0, r"no spatial map: \(3, 512, 1, 1\)")]
-
-
-@pytest.mark.parametrize(("layer", "class_index", "error"), WAYS_OUT)
-def test_modes_gradients_and_hooks_are_as_before_on_every_way_out(layer, class_index, error):
-    model = Net().train()
+@pytest.mark.parametrize("layer, k", [("layer2", 0), ("layer2", 3), ("layer2", -1), ("layer4", 0)])
+def test_modes_gradients_and_hooks_are_as_before_on_every_way_out(layer, k):
+    model = net().train()
     model.encoder.bn1.eval()  # a network may be in both modes
     model.head.bias.grad = torch.tensor([3.0, 0.0, 0.0])
     modes = [module.training for module in model.modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    way_out = pytest.raises(ValueError, match=error) if error else contextlib.nullcontext()
-    with way_out, GradCAM(model, layer) as cam:
+    wrong = pytest.raises(ValueError, match="classes in .0, 3|no spatial map: .3, 512, 1, 1")
+    way_out = contextlib.nullcontext() if (layer, k) == ("layer2", 0) else wrong
+    with way_out, GradCAM(model, f"encoder.{layer}") as cam:
         assert not any(module.training for module in model.modules())
-        cam(noise(size=32), class_index)
+        cam(noise(size=32), k)
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_hooks for module in model.modules())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -116,19 +103,16 @@ def test_a_resnets_cell_is_put_on_the_pixel_that_it_looks_at():
     encoder.layer2.register_forward_hook(lambda m, i, output: kept.append(output))
     encoder(images)
     (slope,) = torch.autograd.grad(kept[0][:, :, 96 // stride, 96 // stride].sum(), images)
-    seen = slope.abs().sum(dim=(0, 1, 2))  # (192,)
-    centre = float((seen * torch.arange(192.0)).sum() / seen.sum())
+    centre = np.average(np.arange(192), weights=slope.abs().sum(dim=(0, 1, 2)))
     assert abs(centre - 96) < (stride - 1) / 4  # (stride - 1) / 2 is the other rule
     raw = torch.rand(2, 4, 5)
     maps = gradcam.enlarge(raw, (32, 40), 8)
     assert torch.allclose(maps[:, ::8, ::8], raw, atol=1e-6)
     assert torch.allclose(maps[:, 4, 8], (raw[:, 0, 1] + raw[:, 1, 1]) / 2, atol=1e-6)
-    tiles = F.interpolate(raw[:, None], (32, 40), mode="bilinear", align_corners=False)[:, 0]
-    assert torch.allclose(gradcam.enlarge(raw, (32, 40), None), tiles, atol=1e-6)
 
 
 def test_fine_maps_are_the_mean_of_four_each_shifted_back_by_hand():
-    model, images, ones = Net(), F.pad(noise(2, 48), (8, 8, 8, 8)), torch.ones(2).long()
+    model, images, ones = net(), F.pad(noise(2, 48), (8, 8, 8, 8)), torch.ones(2).long()
     expected = torch.zeros(2, 64, 64)
     with GradCAM(model, "encoder.layer3", 16) as cam:
         for down, right in ((-4, -4), (4, -4), (-4, 4), (4, 4)):
@@ -153,43 +137,35 @@ def scans(n: int = 6, size: int = 32) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return images.clip(0, 255).astype(np.uint8), brains, lesions
 
 
-def test_shares_and_the_pointing_game_are_those_of_a_slow_loop():
-    torch.manual_seed(0)
-    maps, masks = torch.rand(6, 5, 5).round(decimals=1), torch.rand(6, 5, 5) < 0.3  # with ties
-    maps[5] = 0
-    shares, pointing = gradcam.share_within(maps, masks), gradcam.pointing_game(maps, masks)
-    for n in range(5):
-        pixels = [(float(maps[n, i, j]), bool(masks[n, i, j])) for i in range(5) for j in range(5)]
-        inside = sum(value for value, within in pixels if within)
-        hits = [within for value, within in pixels if value == max(pixels)[0]]
-        assert float(shares[n]) == pytest.approx(inside / sum(value for value, _ in pixels))
-        assert float(pointing[n]) == pytest.approx(sum(hits) / len(hits))
-    assert shares[5].isnan() and pointing[5].isnan()  # an empty map is nowhere
-
-
 @torch.no_grad()
-def test_deletion_is_the_area_under_the_probability_of_a_slow_loop():
-    model, images, order, classes = Net(), noise(2, 32), torch.rand(2, 32, 32), torch.tensor([2, 0])
-    order[0, 16:] = 0  # equal ones go from the top left
-    ours = gradcam.deletion(model, images, order, classes)
+def test_shares_pointing_game_and_deletion_are_those_of_slow_loops():
+    model, images, classes = net(), noise(2, 32), torch.tensor([2, 0])
+    masks, maps = torch.rand(2, 32, 32) < 0.3, torch.rand(2, 32, 32).round(decimals=1)  # with ties
+    shares, pointing = gradcam.share_within(maps, masks), gradcam.pointing_game(maps, masks)
+    areas = gradcam.deletion(model, images, maps, classes)
     for n in range(2):
-        pixels = sorted((-float(order[n, i, j]), i, j) for i in range(32) for j in range(32))
+        # The hottest go first, and equal ones from the top left.
+        pixels = sorted((-float(maps[n, i, j]), i, j) for i in range(32) for j in range(32))
+        inside = sum(value for value, i, j in pixels if masks[n, i, j])
+        hits = [bool(masks[n, i, j]) for value, i, j in pixels if value == pixels[0][0]]
         left, curve = images[n].clone(), []
         for k in range(11):
             for _, i, j in pixels[: 1024 * k // 10]:
                 left[0, i, j] = images[n, 0, 0, 0]
             curve.append(float(model(left[None]).softmax(dim=1)[0, classes[n]]))
-        area = sum((a + b) / 2 / 10 for a, b in zip(curve[:-1], curve[1:], strict=True))
-        assert float(ours[n]) == pytest.approx(area, abs=1e-5)
-    assert gradcam.deletion(model, images, 0 * order, classes).isnan().all()  # it has no order
+        slow = sum((a + b) / 2 / 10 for a, b in zip(curve[:-1], curve[1:], strict=True))
+        expected = inside / sum(value for value, _, _ in pixels), sum(hits) / len(hits), slow
+        assert (shares[n], pointing[n], areas[n]) == pytest.approx(expected, abs=1e-5)
+    assert gradcam.deletion(model, images, 0 * maps, classes).isnan().all()  # it has no order
+    assert gradcam.share_within(0 * maps, masks).isnan().all()  # and is nowhere
+    assert gradcam.pointing_game(0 * maps, masks).isnan().all()
 
 
 def test_the_random_order_takes_areas_of_the_brain_first_and_then_the_rest():
     """Over the whole image it would be spent on background, and any map of the brain would win."""
-    squares, brains, _ = scans(4, 128)
-    mask = gradcam.brain_mask(torch.from_numpy(squares).float())
-    found = mask.bool().numpy()  # with its dark ventricles
-    assert (found & brains).sum() / (found | brains).sum() > 0.98 and found[:, 64, 64].all()
+    squares, brains = (torch.from_numpy(array).float() for array in scans(4, 128)[:2])
+    mask = gradcam.brain_mask(squares)  # with its dark ventricles
+    assert (mask * brains).sum() > 0.98 * torch.maximum(mask, brains).sum() and mask[0, 64, 64] == 1
     order = gradcam.random_order(mask, (4, 4), torch.Generator().manual_seed(0))
     assert order[mask == 1].min() >= order[mask == 0].max() and len(order.unique()) > 1000
     step = (order[:, 64, 41:87] - order[:, 64, 40:86]).abs().mean()
@@ -199,34 +175,32 @@ def test_the_random_order_takes_areas_of_the_brain_first_and_then_the_rest():
 def test_explain_measures_what_its_names_say():
     squares, _, lesions = (torch.from_numpy(array) for array in scans())
     x, seed = squares[:, None].float() / 127.5 - 1, torch.Generator().manual_seed
-    model, other = Net(), Net(3)
+    model, other = net(), net(3)
     confidence, classes = model(x).detach().softmax(dim=1).max(dim=1)
     with GradCAM(model, "encoder.layer2", 8) as cam, GradCAM(other, "encoder.layer2", 8) as blind:
         maps, measures = gradcam.explain(cam, blind, x, lesions, seed(0))
         ours, strength = gradcam.fine_maps(cam, x, classes)
         untrained, _ = gradcam.fine_maps(blind, x, classes)  # of the classes that ours predicts
     gray, generator = x[:, 0] + 1, seed(0)  # of x, explain takes the minimum off
-    mask, unknown = gradcam.brain_mask(gray), ~lesions.flatten(1).any(dim=1)
+    mask, known = gradcam.brain_mask(gray), lesions.flatten(1).any(dim=1)
     expected = {"class_confidence": confidence, "strength": strength}
-    expected["activation_area"] = (ours > 0.5).float().mean(dim=(1, 2))
     expected["inside_brain_by_random"] = mask.mean(dim=(1, 2))
     area = lesions.sum(dim=(1, 2)) / mask.sum(dim=(1, 2))
     for beside, order in {"": ours, "_by_untrained": untrained, "_by_brightness": gray}.items():
         expected["deletion" + beside] = gradcam.deletion(model, x, order, classes)
         expected["inside_brain" + beside] = gradcam.share_within(order, mask)
         pointing = gradcam.pointing_game(order, lesions)
-        expected["pointing" + beside] = pointing.masked_fill(unknown, torch.nan)
+        expected["pointing" + beside] = pointing.where(known, torch.nan)
         expected["enrichment" + beside] = gradcam.share_within(order, lesions) / area
     orders = [gradcam.random_order(mask, (4, 4), generator) for _ in range(4)]  # one is luck
-    by_chance = [gradcam.deletion(model, x, order, classes) for order in orders]
-    expected["deletion_by_random"] = sum(by_chance) / 4
+    expected["deletion_by_random"] = sum(gradcam.deletion(model, x, o, classes) for o in orders) / 4
     for name, values in expected.items():
         assert np.allclose(measures[name], values, atol=1e-5, equal_nan=True), name
-    assert np.array_equal(maps, ours) and unknown.sum() == 2
+    assert np.array_equal(maps, ours) and known.sum() == 4
 
 
 def test_shuffling_goes_from_the_top_down_and_what_is_above_stays_shuffled():
-    model, images = Net(), noise(4)
+    model, images = net(), noise(4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     check = gradcam.randomisation_check(model, "encoder.layer3", images, ["head", "encoder.layer4"])
     assert list(check) == ["head", "encoder.layer4"] and max(check.values()) < 0.9
@@ -242,25 +216,20 @@ def test_an_overlay_shows_scan_and_map_large_with_the_lesion_in_both():
     map_, lesion = np.linspace(np.zeros(64), np.ones(64), 64), np.zeros((64, 64), bool)
     lesion[20:30, 20:30] = True
     image = np.asarray(gradcam.overlay(np.full((64, 64), 90, np.uint8), map_, lesion)).astype(int)
-    half = image.shape[1] // 2  # the page shows the halves
-    assert len(image) == 512 and half >= 512
-    for panel in (image[:, :512], image[:, half : half + 512]):
+    assert image.shape == (512, 2 * 540, 3)  # the page shows the halves
+    for panel in (image[:, :512], image[:, 540:1052]):
         outline = (panel == (255, 60, 60)).all(axis=2)
         assert outline.any() and not outline[165:235, 165:235].any() and not outline[:150].any()
-    assert image[5, 5].tolist() == image[2, half + 5].tolist() == [90] * 3  # cold: the scan
-    yellow, violet = np.array([253, 231, 37]), (68, 1, 84)  # viridis
-    assert np.abs(image[-1, half + 5] - (0.35 * 90 + 0.65 * yellow)).max() < 3
-    assert np.abs(image[[0, -1], -1] - [yellow, violet]).max() < 2  # the legend
+    assert image[5, 5].tolist() == image[2, 545].tolist() == [90] * 3  # cold: the scan
+    assert np.abs(image[-1, 545] - [196, 182, 56]).max() < 3  # hot: 65 % is viridis's yellow
+    assert np.abs(image[[0, -1], -1] - [(253, 231, 37), (68, 1, 84)]).max() < 2  # the legend
 
 
 SHUFFLED, EMPTY = {"head": 0.31, "layer4": 0.12}, np.arange(40) < 5
 
 
 def columns(gain: float = 0.1) -> dict[str, np.ndarray]:
-    """40 explained images with hostile names; 5 maps are empty, 20 of the untrained network's.
-
-    The maps leave less confidence than random areas, by `gain` +- 0.1.
-    """
+    """40 images with hostile names; maps leave less confidence than random areas, by gain +- .1."""
     rng, classes = np.random.default_rng(0), np.array(["<ill>", "well", "deletion_by_random & co"])
     probs, chance = rng.dirichlet([1, 1, 1], 40), np.where(EMPTY, 0.9, 0.5)  # .9 moves the mean
     table = {"path": np.array([f'p{i}/<b>scan & "{i}"</b>\n.png' for i in range(40)])}
@@ -276,20 +245,17 @@ def columns(gain: float = 0.1) -> dict[str, np.ndarray]:
 
 
 def test_the_summary_draws_a_verdict_only_where_the_paired_interval_excludes_zero():
-    for gain, verdict in {
-        0.1: "faster than random areas of the brain: they show what the network needs",
-        -0.1: "more slowly than random areas of the brain: do not believe them",
-        0.02: "not measurably faster than random areas of the brain: do not rely on them",
-    }.items():
-        assert f"lowers confidence {verdict}.\n" in gradcam.summary(columns(gain), SHUFFLED)
+    verdicts = {0.1: "faster than .*: they show", -0.1: "more slowly than .*: do not believe"}
+    verdicts |= {0.02: "not measurably faster than .*: do not rely"}
+    for gain, verdict in verdicts.items():
+        assert re.search(f"confidence {verdict}", gradcam.summary(columns(gain), SHUFFLED))
         alone = columns(gain) | {"group": np.zeros(40, int)}  # a patient says nothing about others
         assert "not measurably" in gradcam.summary(alone, SHUFFLED)
     sentences = gradcam.summary(columns(), SHUFFLED)
     assert "in the brain for 57% (it fills 45% of the image).\n" in sentences
     assert "\n5 of 40 maps are empty (20 of the untrained network's)" in sentences
     assert "0.31 (head), 0.12 (layer4)" in sentences
-    nothing = columns() | {"strength": np.zeros(40)}
-    assert gradcam.summary(nothing, SHUFFLED).startswith("All maps are empty")
+    assert "All maps are empty" in gradcam.summary(columns() | {"strength": 0 * EMPTY}, SHUFFLED)
 
 
 def test_the_report_compares_on_the_same_images_and_sets_correct_and_wrong_apart():
@@ -308,8 +274,7 @@ def test_the_report_compares_on_the_same_images_and_sets_correct_and_wrong_apart
             low, high = evaluate.mean_interval(values[there], table["group"][there])
             assert cell == f"{values[there].mean():.3f} [{low:.3f}, {high:.3f}]"
     assert len({len(line) for line in lines}) == 1 and text.startswith("# mine # <b>\n")
-    assert "pointing" not in rows and not re.search(r"\bright\b|nan", text)  # no lesion is known
-    assert "deletion by random" not in text  # a mean of other images than that of `deletion`
+    assert not re.search(r"pointing|\bright\b|nan|deletion by random", text)  # no lesion is known
 
 
 def test_the_page_puts_wrong_answers_first_needs_nothing_and_escapes_every_name():
@@ -328,21 +293,17 @@ def test_the_page_puts_wrong_answers_first_needs_nothing_and_escapes_every_name(
     assert sorted(order) == list(range(40)) and keys == sorted(keys)  # and surest first
     for i, figure in zip(order, figures, strict=True):
         answer = html.unescape(re.search("True class (.*?)</figcaption>", figure)[1])
-        top = f"{table['prediction'][i]} {table['class_confidence'][i]:.1%}, "
-        assert answer.startswith(f"{table['label'][i]}, predicted {top}")
+        assert answer.startswith(f"{table['label'][i]}, predicted {table['prediction'][i]} ")
         shares = [float(share) for share in re.findall(r"([\d.]+)%", answer)]
         assert shares == sorted(shares, reverse=True) and len(shares) == 3
         assert ('class="wrong"' in figure) != correct[i]
-    unlabelled = gradcam.page("mine", table | {"label": np.full(40, "")}, SHUFFLED)
-    assert unlabelled.count("True class unknown") == 40 and 'class="wrong"' not in unlabelled
+    unlabelled = table | {"label": np.full(40, "")}
+    assert 'class="wrong"' not in gradcam.page("mine", unlabelled, SHUFFLED)
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
 def test_a_browser_shows_the_page_on_a_phone_without_running_over(tmp_path):
     """In a frame 390 pixels wide, since headless Chromium makes no window narrower than 500."""
+    chromium = shutil.which("chromium") or pytest.skip("no chromium here")
     table = {name: values[:4] for name, values in columns().items()}
     table["path"], table["label"] = np.array(["x" * 300] * 4), np.array(["y" * 100] * 4)
     for file in table["overlay"]:
@@ -357,6 +318,6 @@ def test_a_browser_shows_the_page_on_a_phone_without_running_over(tmp_path):
     words = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom"
     words += " --disable-background-networking --disable-component-update --disable-sync"
     words += f" --user-data-dir={tmp_path / 'profile'} file://{tmp_path / 'frame.html'}"
-    done = subprocess.run([CHROMIUM, *words.split()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([chromium, *words.split()], capture_output=True, text=True, timeout=120)
     width, images, large = re.search(r"<title>(\d+) (\d+) (\w+)</title>", done.stdout).groups()
     assert int(width) <= 390 and (images, large) == ("8", "true")

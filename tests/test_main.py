@@ -457,7 +457,8 @@ def test_a_finished_run_stays_may_be_extended_and_is_restarted_when_asked(elsewh
     Path("runs/probe-mine/notes.txt").write_text("the user's own")
     run(*PRETRAIN, "0", "--seed", "1", "--restart")
     assert torch.load("runs/pretrain/encoder.pt", weights_only=True)["epoch"] == 0
-    assert "another encoder" in refused(*probe, "2") and "epochs 2 there, 1 here" in refused(*probe, "1")
+    assert "another encoder" in refused(*probe, "2")
+    assert "epochs 2 there, 1 here" in refused(*probe, "1")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(heads, "task_features", interrupt)
         main.main([*probe, "1", "--restart"])

@@ -93,7 +93,6 @@ def test_examples_in_docstrings_hold_and_settings_are_the_published_ones():
 @pytest.mark.parametrize(
     ("ranges", "theirs", "rim"),
     [
-        ({"ROTATION": -30}, {"rotate": (-30.0, "bilinear")}, 0),
         ({"SHIFT": 1 / 16}, {"affine": (0.0, [4, 4], 1.0, [0.0], "bilinear")}, 0),
         ({"CONTRAST": 0.6}, {"adjust_contrast": (0.6,)}, 0),
         ({"BRIGHTNESS": 1.4}, {"adjust_brightness": (1.4,)}, 0),
@@ -112,8 +111,7 @@ def test_one_resampling_and_gray_values_match_torchvision(view, tv, ranges, thei
     for operation, arguments in theirs.items():
         expected = getattr(tv.transforms.v2.functional, operation)(expected, *arguments)
     ours = view(images, **crop, **{name: (value, value) for name, value in ranges.items()})
-    inside = slice(rim, 64 - rim)
-    error = (ours - expected)[..., inside, inside].abs().max()
+    error = (ours - expected)[..., rim : 64 - rim, rim : 64 - rim].abs().max()
     assert error < (0.02 if rim == 20 else 1e-4)  # in the other order it is above 0.1
 
 
@@ -122,9 +120,8 @@ def test_crops_are_boxes_inside_the_image_of_the_documented_sizes_and_half_are_m
     crop = {"CROP_AREA": simclr.CROP_AREA, "CROP_RATIO": simclr.CROP_RATIO}
     ramp = ((torch.arange(16) + 0.5) / 16).expand(4000, 1, 16, 16)
     x, y = view(ramp, **crop)[:, 0, 8], view(ramp.mT, **crop)[:, 0, :, 8]  # (4000, 16)
-    width, height = (x[:, 9] - x[:, 6]) * 16 / 3, (y[:, 9] - y[:, 6]) * 16 / 3
-    assert abs((width < 0).float().mean() - 0.5) < 0.03 and height.min() > 0  # left-right alone
-    width = width.abs()
+    assert abs((x[:, 9] < x[:, 6]).float().mean() - 0.5) < 0.03  # left-right alone
+    width, height = (x[:, 9] - x[:, 6]).abs() * 16 / 3, (y[:, 9] - y[:, 6]) * 16 / 3
     area, ratio = width * height, (width / height).log()
     assert 0.19 < area.min() < 0.22 and 0.9 < area.max() < 1.001
     assert -0.288 < ratio.min() < -0.26 and 0.26 < ratio.max() < 0.288 and abs(ratio.mean()) < 0.01
@@ -134,20 +131,16 @@ def test_crops_are_boxes_inside_the_image_of_the_documented_sizes_and_half_are_m
 
 
 def test_jitter_and_blur_happen_by_chance(view):
-    half, dot = torch.full((2000, 1, 8, 8), 0.5), F.pad(torch.ones(1000, 1, 1, 1), [10] * 4)
-    bright = view(half, JITTER_CHANCE=0.8, BRIGHTNESS=(0.6, 1.4))[:, 0, 4, 4]
-    assert abs(((bright - 0.5).abs() < 1e-6).float().mean() - 0.2) < 0.03
-    assert 0.3 <= bright.min() < 0.31 and 0.69 < bright.max() <= 0.701
-    sharp = view(dot, BLUR_CHANCE=0.5, BLUR_SIGMA=(1.0, 2.0))[:, 0, 10, 10] == 1
-    assert abs(sharp.float().mean() - 0.5) < 0.06
+    bright = view(torch.full((2000, 1, 8, 8), 0.5), JITTER_CHANCE=0.8, BRIGHTNESS=(0.6, 1.4))
+    dots = view(F.pad(torch.ones(2000, 1, 1, 1), [10] * 4), BLUR_CHANCE=0.5, BLUR_SIGMA=(1, 2))
+    assert abs(((bright[:, 0, 4, 4] - 0.5).abs() < 1e-6).float().mean() - 0.2) < 0.03
+    assert abs((dots[:, 0, 10, 10] == 1).float().mean() - 0.5) < 0.04
 
 
 def test_views_are_two_normalised_and_unlike_for_every_slice(monkeypatch):
     same, key = smooth_images(1).expand(12, -1, -1, -1), (0, 1, 2)
     views = torch.stack(simclr.random_views(same, simclr.generator_for(*key)))
     assert views.shape == (2, 12, 1, 32, 32) and -1 <= views.min() < -0.9 and 0.5 < views.max() <= 1
-    again = torch.stack(simclr.random_views(same / 255, simclr.generator_for(*key), ALL, 0.2, 0.1))
-    assert torch.allclose(again * 0.1 + 0.2, views * 0.5 + 0.5, atol=1e-5)
     part = torch.stack(simclr.random_views(same, simclr.generator_for(*key), slice(2, 5)))
     assert torch.allclose(part, views[:, 2:5], atol=1e-6)  # whatever share a process has
     for off in (GRAYS, PLACES | {"JITTER_CHANCE": 1}):  # places, then gray values, differ alone
@@ -156,8 +149,6 @@ def test_views_are_two_normalised_and_unlike_for_every_slice(monkeypatch):
                 patch.setattr(simclr, name, value)
             views = torch.cat(simclr.random_views(same, simclr.generator_for(*key))).flatten(1)
         assert (torch.cdist(views, views) + 100 * torch.eye(24)).min() > 0.05
-    with pytest.raises(ValueError, match="expected"):
-        simclr.random_views(same.expand(-1, 3, -1, -1), simclr.generator_for(0))
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
@@ -175,8 +166,6 @@ def test_resnet_matches_torchvision_with_the_same_weights(tv, arch):
         assert torch.allclose(ours(x), theirs(x), atol=1e-10)
         grads = [{k: p.grad for k, p in n.named_parameters()} for n in (ours, theirs)]
         assert_close([grads[0][name] for name in grads[1]], list(grads[1].values()), 1e-9)
-    for name, value in theirs.state_dict().items():
-        assert torch.allclose(ours.state_dict()[name], value), name
 
 
 def test_gray_images_see_no_difference_to_torchvisions_weights(tv, tmp_path, monkeypatch):
@@ -191,12 +180,11 @@ def test_gray_images_see_no_difference_to_torchvisions_weights(tv, tmp_path, mon
         ours, *scaling = simclr.init_encoder("resnet18", init)
         assert_close([ours.eval()(gray)], [theirs(gray.expand(-1, 3, -1, -1))], 1e-4)
         assert scaling == pytest.approx([0.449, 0.226])  # of ImageNet, over its colours
-    ours, *scaling = simclr.init_encoder("resnet18", "random")
+    ours, *_ = simclr.init_encoder("resnet18", "random")
     weights = ours.state_dict()
     weights["conv1.weight"] = weights["conv1.weight"].repeat(1, 3, 1, 1) / 3
     theirs.load_state_dict(weights)
     assert_close([ours.eval()(gray)], [theirs(gray.expand(-1, 3, -1, -1))], 1e-4)
-    assert scaling == [0.5, 0.5]
     with pytest.raises(data.UserError, match="no weights of a resnet50"):
         simclr.init_encoder("resnet50", str(path))
 
@@ -280,19 +268,16 @@ def test_training_step_contrasts_two_views_of_each_slice_at_its_temperature():
     z = networks["projection_head"](networks["encoder"](views))
     slow = slow_nt_xent(z[:4], z[4:], 0.3)
     slow.backward()
-    assert not ours[0].requires_grad and not ours[1].requires_grad
     assert_close(ours, [slow, z[:4], z[4:], *(p.grad for p in networks.parameters())], 1e-4)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_networks_run_in_bf16_where_it_is_asked_for_and_the_loss_never(bf16):
     networks, seen = tiny(), []
-    parts = networks["encoder"].conv1, networks["encoder"].layer4[0], networks["projection_head"]
-    for part in parts:
+    for part in (networks["encoder"].conv1, networks["projection_head"]):
         part.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    assert step(networks, smooth_images(4), bf16)[0].dtype == torch.float32
     train(networks, smooth_images(4), bf16, epochs=1)
-    assert seen == [torch.bfloat16 if bf16 else torch.float32] * 6
+    assert seen == [torch.bfloat16 if bf16 else torch.float32] * 2
     assert {p.dtype for p in networks.parameters()} == {torch.float32}
 
 
@@ -330,9 +315,7 @@ def test_learning_rate_rises_then_falls_to_a_fiftieth_and_records_hold_means(ste
     monkeypatch.setattr(simclr, "set_lr", lambda o, lr: (set_lr(o, lr), rates.append(lr)))
     records = [record for record, _ in train(linear(), smooth_images(20), epochs=20)]
     assert rates == pytest.approx(expected) and [record["lr"] for record in records] == rates[4::5]
-    for epoch, record in enumerate(records, start=1):
-        means = {"epoch": epoch, "loss": 5 * epoch - 2, "contrastive_accuracy": 1}
-        assert record.items() >= means.items()
+    assert [(r["epoch"], r["loss"]) for r in records] == [(e, 5 * e - 2) for e in range(1, 21)]
 
 
 def test_weight_decay_shrinks_matrices_and_spares_biases_and_norms(steps):
@@ -345,7 +328,6 @@ def test_weight_decay_shrinks_matrices_and_spares_biases_and_norms(steps):
 
 
 def test_a_loss_that_is_no_number_stops_before_the_step(monkeypatch):
-    """The tip halves --lr itself: at the end of a run the scheduled rate is 50 times less."""
     networks, first = linear(), linear()
     monkeypatch.setattr(simclr, "nt_xent", lambda z_a, *_: z_a.square().sum() * math.inf)
     with pytest.raises(data.UserError, match=r"in epoch 1; .*--lr 0.0002$"):
@@ -354,56 +336,56 @@ def test_a_loss_that_is_no_number_stops_before_the_step(monkeypatch):
 
 
 def test_pretraining_lowers_loss_on_a_tiny_batch():
-    """Before, a view is one of 31 others."""
+    """Sixteen gratings are distinguished in 20 steps; before, a view is one of 31 others."""
+    waves, pixel = torch.randn(16, 2, 1, 1, generator=simclr.generator_for(0)), torch.arange(32)
+    waves = (waves[:, 0] * pixel + waves[:, 1] * pixel[:, None]).sin()  # (16, 32, 32)
     how = {"epochs": 20, "batch_size": 16, "lr": 1e-3, "temperature": 0.2}
-    losses = [record["loss"] for record, _ in train(tiny(), smooth_images(16), **how)]
+    losses = [r["loss"] for r, _ in train(tiny(), (127 + 100 * waves).byte()[:, None], **how)]
     assert abs(losses[0] - math.log(31)) < 0.5 and sum(losses[-5:]) / 5 < losses[0] - 0.5
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_run_resumed_from_its_state_ends_as_if_it_had_never_stopped(bf16):
     """To the bit, by way of a file, whatever others draw or lay between the images meanwhile."""
-    images, networks, run = smooth_images(9), tiny(), []
+    images, networks, files = smooth_images(9), tiny(), []
     spread, rows = np.zeros((20, 32, 32), np.uint8), np.random.default_rng(0).permutation(20)[:9]
     spread[rows] = images[:, 0]
     how = simclr.Pretraining(3, 4), CPU, bf16
-    for record, state in simclr.pretrain(networks, spread, rows, *how):
-        run.append(({k: v for k, v in record.items() if "second" not in k}, io.BytesIO()))
-        torch.save(state, run[-1][1])
+    for _, state in simclr.pretrain(networks, spread, rows, *how):
+        files.append(io.BytesIO())
+        torch.save(state, files[-1])
         torch.rand(5)
         networks.eval()
-    for epoch, (_, file) in enumerate(run, start=1):
+    for done, file in enumerate(files[:-1], start=1):
         state, other = torch.load(io.BytesIO(file.getvalue()), weights_only=True), tiny(seed=1)
-        later = [record for record, _ in train(other, images, bf16, epochs=3, resume=state)]
-        for again, (first, _) in zip(later, run[epoch:], strict=True):
-            assert again.items() >= first.items()
-        assert not later or same_weights(networks, other)
+        later = train(other, images, bf16, epochs=3, resume=state)
+        assert [r["epoch"] for r, _ in later] == [2, 3][done - 1 :] and same_weights(
+            networks, other
+        )
 
 
-def test_encoder_checkpoint_survives_the_round_trip_and_strangers_are_refused(tmp_path):
-    encoder = simclr.resnet18().to(memory_format=torch.channels_last)
-    path, seen = tmp_path / "encoder.pt", torch.zeros(2, 16).byte()
-    checkpoint = simclr.encoder_checkpoint(encoder, CONFIG, 3, seen)
+def test_encoder_checkpoint_survives_the_round_trip(tmp_path):
+    encoder, seen = simclr.resnet18(), torch.ones(2, 16).byte()
+    encoder.to(memory_format=torch.channels_last)
+    simclr.save(simclr.encoder_checkpoint(encoder, CONFIG, 3, seen), tmp_path / "encoder.pt")
+    loaded, checkpoint = simclr.load_encoder(tmp_path / "encoder.pt")
+    assert same_weights(loaded, encoder) and torch.equal(checkpoint.pop("seen"), seen)
+    assert all(value.is_contiguous() for value in checkpoint.pop("encoder").values())
     described = {"arch": "resnet18", "feature_dim": 512, "image_size": 32, "mean": 0.5, "std": 0.5}
-    simclr.save(checkpoint, path)
-    loaded, again = simclr.load_encoder(path)
-    assert same_weights(loaded, encoder) and torch.equal(again.pop("seen"), seen)
-    assert all(value.is_contiguous() for value in again.pop("encoder").values())
-    assert again == described | {"epoch": 3, "config": CONFIG}
-    part = {k: v for k, v in checkpoint["encoder"].items() if k != "layer4.1.bn2.bias"}
-    changes = [{"encoder": part}, {"encoder": None}, {"arch": "resnet50"}, {"arch": "vit"}]
-    for change in changes + [{"image_size": size} for size in ("32", 31, 1025)]:
-        simclr.save(checkpoint | change, path)
-        with pytest.raises(data.UserError, match=r"is no encoder.pt.*\)$"):  # . is no line break
-            simclr.load_encoder(path)
+    assert checkpoint == described | {"epoch": 3, "config": CONFIG}
 
 
-def test_no_checkpoint_is_one_line_and_runs_nothing(tmp_path, monkeypatch):
+def test_a_file_that_is_no_encoder_is_one_line_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(CONFIG, "whole.pt")
+    checkpoint = simclr.encoder_checkpoint(simclr.resnet18(), CONFIG, 3, torch.ones(2, 16).byte())
+    part = {k: v for k, v in checkpoint["encoder"].items() if k != "layer4.1.bn2.bias"}
+    for change in ({"encoder": part}, {"arch": "vit"}, {"image_size": "32"}, {"image_size": 31}):
+        simclr.save(checkpoint | change, Path("whole.pt"))
+        with pytest.raises(data.UserError, match=r"is no encoder.pt.*\)$"):  # . is no line break
+            simclr.load_encoder(Path("whole.pt"))
     Path("half.pt").write_bytes(Path("whole.pt").read_bytes()[:300])
     Path("harm.pt").write_bytes(b"cos\nsystem\n(S'touch harmed'\ntR.")  # once it is unpickled
-    for name in ("harm.pt", "half.pt", "missing.pt"):
+    for name in ("half.pt", "harm.pt", "missing.pt"):
         with pytest.raises(data.UserError, match=rf"^{name} .*main.py pretrain.*\)$"):
             simclr.load_encoder(Path(name))
         with pytest.raises(data.UserError, match=rf"{name} has no weights of a resnet18.*\)$"):
@@ -426,26 +408,17 @@ def test_chunks_are_even_keep_no_activations_and_have_their_own_batch_norm():
 
 
 def share_of_the_work(chunk_size: int | None) -> list[Tensor]:
-    """What a process finds: of a loss in float64; of a step; of a run of three epochs."""
-    x = torch.randn(2, 6, 5, generator=simclr.generator_for(9)).double()
-    layer = nn.Linear(5, 4, bias=False).double()
-    nn.init.orthogonal_(layer.weight, generator=simclr.generator_for(1))
-    z_a, z_b = (simclr.gather(layer(part[simclr.own_share(6)])) for part in x)
-    simclr.nt_xent(z_a, z_b, 0.2).backward()
-    simclr.add_up_gradients(layer)
+    """What a process finds: of a step; of a run of three epochs."""
     images, networks = smooth_images(13), linear()
     images[7:] //= 4  # what the second process sees is unlike what the first one sees
-    found = [layer.weight.grad, *step(networks, images[:6], chunk_size=chunk_size)]
-    run = train(networks, images, epochs=3, batch_size=6, chunk_size=chunk_size)
-    losses = [torch.tensor([r["loss"], r["contrastive_accuracy"]]) for r, _ in run]
-    return [*found, *losses, *(p.detach() for p in networks.parameters())]
+    found = step(networks, images[4:10], chunk_size=chunk_size)
+    train(networks, images, epochs=3, batch_size=6, chunk_size=chunk_size)
+    return [*found, *(p.detach() for p in networks.parameters())]
 
 
 def one_process(rank: int, place: Path) -> None:
     """What each of two does; runs in a process of its own."""
-    torch.set_num_threads(1)
-    meet = f"file://{place}/meet"
-    torch.distributed.init_process_group("gloo", meet, rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", f"file://{place}/meet", rank=rank, world_size=2)
     torch.save([share_of_the_work(None), share_of_the_work(2)], place / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -456,5 +429,4 @@ def test_two_processes_find_the_gradients_and_weights_of_one(tmp_path):
     alone = share_of_the_work(None)
     for rank in (0, 1):
         for found in torch.load(tmp_path / f"{rank}.pt"):  # at once, and in chunks
-            assert_close(found[:1], alone[:1], 1e-10)
-            assert_close(found, alone, 1e-4)
+            assert_close(found, alone, 1e-5)
