@@ -45,8 +45,7 @@ def test_with_average_pooling_and_one_linear_layer_the_map_is_cam():
 
 
 def test_alpha_is_the_slope_of_each_images_own_score_along_a_channel():
-    """Eq. 1 without autograd: lift a channel a little. Frozen weights, no gradients, an in-place
-    ReLU behind the layer, whose output is thus negative here and there, are no obstacles."""
+    """Eq. 1 without autograd. Frozen weights and an in-place ReLU on top are no obstacles."""
     torch.manual_seed(0)
     layers = nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 3), nn.Tanh()
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(108, 3)).double().requires_grad_(False)
@@ -189,8 +188,7 @@ def test_explain_measures_what_its_names_say():
     for beside, order in {"": ours, "_by_untrained": untrained, "_by_brightness": gray}.items():
         expected["deletion" + beside] = gradcam.deletion(model, x, order, classes)
         expected["inside_brain" + beside] = gradcam.share_within(order, mask)
-        pointing = gradcam.pointing_game(order, lesions)
-        expected["pointing" + beside] = pointing.where(known, torch.nan)
+        expected["pointing" + beside] = gradcam.pointing_game(order, lesions).where(known, np.nan)
         expected["enrichment" + beside] = gradcam.share_within(order, lesions) / area
     orders = [gradcam.random_order(mask, (4, 4), generator) for _ in range(4)]  # one is luck
     expected["deletion_by_random"] = sum(gradcam.deletion(model, x, o, classes) for o in orders) / 4
@@ -297,8 +295,7 @@ def test_the_page_puts_wrong_answers_first_needs_nothing_and_escapes_every_name(
         shares = [float(share) for share in re.findall(r"([\d.]+)%", answer)]
         assert shares == sorted(shares, reverse=True) and len(shares) == 3
         assert ('class="wrong"' in figure) != correct[i]
-    unlabelled = table | {"label": np.full(40, "")}
-    assert 'class="wrong"' not in gradcam.page("mine", unlabelled, SHUFFLED)
+    assert 'class="wrong"' not in gradcam.page("", table | {"label": np.full(40, "")}, SHUFFLED)
 
 
 def test_a_browser_shows_the_page_on_a_phone_without_running_over(tmp_path):

@@ -374,7 +374,8 @@ def test_elsewhere_everything_is_tested_but_what_was_seen_or_dropped():
     """Image 0 was trained on, image 1 is of its patient, image 5 contradicts a near-duplicate."""
     hashes = np.arange(8, dtype=np.uint8)[:, None].repeat(16, 1)
     groups = np.array([0, 0, 2, 3, 4, 5, 6, 7])
-    study = SimpleNamespace(images=SimpleNamespace(hashes=hashes), groups=groups)
+    images = SimpleNamespace(hashes=hashes, thumbnails=np.arange(32).reshape(8, 2, 2))
+    study = SimpleNamespace(images=images, groups=groups)
     split = np.array(["train", "val", "test", "train", "train", "dropped", "test", "val"])
     task = make_task(np.arange(8) % 2, split, groups)
     task = replace(task, rows=np.arange(8), classes=("c", "b"))

@@ -358,10 +358,8 @@ def test_a_run_resumed_from_its_state_ends_as_if_it_had_never_stopped(bf16):
         networks.eval()
     for done, file in enumerate(files[:-1], start=1):
         state, other = torch.load(io.BytesIO(file.getvalue()), weights_only=True), tiny(seed=1)
-        later = train(other, images, bf16, epochs=3, resume=state)
-        assert [r["epoch"] for r, _ in later] == [2, 3][done - 1 :] and same_weights(
-            networks, other
-        )
+        later = [r["epoch"] for r, _ in train(other, images, bf16, epochs=3, resume=state)]
+        assert later == [2, 3][done - 1 :] and same_weights(networks, other)
 
 
 def test_encoder_checkpoint_survives_the_round_trip(tmp_path):
