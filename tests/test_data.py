@@ -718,3 +718,19 @@ def test_a_lesion_is_marked_where_the_disease_changes_the_image(monkeypatch, tas
         if c in data.PHANTOM_LESIONS:
             changed = np.abs(image.astype(int) - healthy) > 8
             assert not nothing.any() and changed[lesion].mean() > 0.5
+
+
+def test_a_table_without_splits_keeps_the_publishers_and_black_images_are_nobodys(tmp_path):
+    root = tmp_path / "scans"
+    fill(root, *[f"tumor/Training/{label}/{i}.png" for label in "ab" for i in range(8)])
+    fill(root, *[f"tumor/Testing/{label}/t{i}.png" for label in "ab" for i in range(2)], seed=70)
+    for part in ("Training", "Testing"):
+        Image.new("L", (40, 40)).save(root / "tumor" / part / "a" / "black.png")
+    names = read(root).images.names
+    rows = "\n".join(f"{name},{name.split('/')[2]}" for name in names)
+    (tmp_path / "labels.csv").write_text(f"path,label\n{rows}\n")
+    study = read(root, labels=tmp_path / "labels.csv")
+    task = study.tasks["tumor"]
+    tested = {study.images.names[row].split("/")[1] for row in task.rows[task.part("test")]}
+    assert tested == {"Testing"}
+    data.refuse_leak(study, task, study.images.hashes[task.rows[task.part("train")]])

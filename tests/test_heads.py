@@ -388,3 +388,17 @@ def test_elsewhere_everything_is_tested_but_what_was_seen_or_dropped():
         heads.unseen_task(study, task, checkpoint | {"classes": ["b", "d"]})
     with pytest.raises(data.UserError, match="no image of mine is left"):
         heads.unseen_task(study, task, checkpoint | {"seen": torch.from_numpy(hashes)})
+
+
+def test_labels_planted_at_random_are_learned_by_image_and_not_by_group():
+    """Every patient has a random diagnosis, so nothing can be known of a new one."""
+    rng, patients = np.random.default_rng(0), np.repeat(np.arange(200), 3)
+    looks = rng.normal(size=(200, 64))[patients] + 0.2 * rng.normal(size=(600, 64))
+    features, labels = torch.tensor(looks, dtype=torch.float32), patients % 2
+    by_group = np.array(["train", "train", "train", "val", "test"])[patients // 2 % 5]
+    scores = []
+    for split in (by_group, rng.permutation(by_group)):
+        task = make_task(labels, split, patients)
+        probs = heads.fit_probe(features, task, heads.Probing(epochs=40), "cosine_mlp")[2]
+        scores.append((probs["test"].argmax(axis=1) == labels[task.part("test")]).mean())
+    assert scores[1] > 0.8 and abs(scores[0] - 0.5) < 0.2  # of 40 patients: twice .08 is chance

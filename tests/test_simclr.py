@@ -428,3 +428,10 @@ def test_two_processes_find_the_gradients_and_weights_of_one(tmp_path):
     for rank in (0, 1):
         for found in torch.load(tmp_path / f"{rank}.pt"):  # at once, and in chunks
             assert_close(found, alone, 1e-5)
+
+
+def test_a_full_disk_is_an_oserror(monkeypatch):
+    """torch.save makes a RuntimeError of it, which nobody catches."""
+    monkeypatch.setattr(data, "write_atomically", lambda _: open("/dev/full", "wb", buffering=0))
+    with pytest.raises(OSError, match="No space left"):
+        simclr.save({"a": torch.zeros(10**6)}, Path("a.pt"))
