@@ -388,13 +388,13 @@ def features_of(
     checkpoint: dict,
     images: np.ndarray,
     device: torch.device,
-    bf16: bool = False,
     batch_size: int = 256,
 ) -> Tensor:
-    """The representations of pictures as they are, without augmentation.
+    """The representations of pictures as they are, without augmentation, always in float32.
 
-    The encoder runs in eval mode, so batch norm uses (and keeps) its running statistics and a
-    picture's features do not depend on its neighbours; afterwards its mode is as it was.
+    A copy of the encoder runs in eval mode, so batch norm uses (and keeps) its running statistics
+    and a picture's features do not depend on its neighbours. The encoder stays as it is: in its
+    mode, and in the memory format that its training chose.
 
     Args:
         checkpoint: the encoder's; its mean and std scale the pictures.
@@ -403,15 +403,12 @@ def features_of(
     Returns:
         h: (n, E) float32 on the CPU.
     """
-    was_training, layout = encoder.training, simclr.memory_format(device, bf16)
-    encoder.to(device, memory_format=layout).eval()
+    layout = simclr.memory_format(device, bf16=False)
+    encoder = copy.deepcopy(encoder).to(device, memory_format=layout).eval()
     features = [torch.zeros(0, encoder.feature_dim)]
     for i in range(0, len(images), batch_size):
         x = scaled(images[i : i + batch_size], checkpoint, device)  # (N, 1, S, S)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            h = encoder(x.contiguous(memory_format=layout))
-        features.append(h.float().cpu())
-    encoder.train(was_training)
+        features.append(encoder(x.contiguous(memory_format=layout)).cpu())
     return torch.cat(features)
 
 
@@ -450,7 +447,6 @@ def baselines(
     head_type: str,
     progress: Callable,
     device: torch.device,
-    bf16: bool,
 ) -> dict[str, dict[str, np.ndarray]]:
     """What the same head makes of two representations that have learnt nothing.
 
@@ -463,7 +459,7 @@ def baselines(
     encoder, found = untrained(checkpoint["arch"], settings.seed), {}
     pixels = torch.from_numpy(pictures.thumbnails[task.rows]).flatten(1)  # (n, 1024)
     images = pictures.squares(task.rows)
-    features = {"untrained encoder": features_of(encoder, checkpoint, images, device, bf16)}
+    features = {"untrained encoder": features_of(encoder, checkpoint, images, device)}
     features["raw 32x32 pixels"] = pixels.float() / 127.5 - 1
     for name, h in features.items():
         shown = partial(progress, desc=f"head, {name}")
@@ -477,7 +473,6 @@ def knn_accuracy(
     pictures: data.Pictures,
     task: Task,
     device: torch.device,
-    bf16: bool,
 ) -> float | None:
     """How many val pictures have nearest training pictures of their class (`nearest_neighbours`).
 
@@ -492,7 +487,7 @@ def knn_accuracy(
     if not all(map(len, some)):
         return None
     squares = (pictures.squares(task.rows[rows]) for rows in some)
-    known, asked = (features_of(encoder, scaling, x, device, bf16).numpy() for x in squares)
+    known, asked = (features_of(encoder, scaling, x, device).numpy() for x in squares)
     labels = [task.labels[rows] for rows in some]
     votes = evaluate.nearest_neighbours(known, labels[0], asked, len(task.classes))
     return float((votes.argmax(axis=1) == labels[1]).mean())
@@ -605,7 +600,7 @@ def validate(
     settings, networks, (rows, labels) = run.settings, run.networks, val
     record = simclr.finish_epoch(run, lr, ("train_loss", "train_accuracy"))
     record["peak_lr"] = settings.lrs[(record["epoch"] - 1) // settings.epochs]
-    h = features_of(networks["encoder"], vars(settings), images[rows], run.device, run.bf16)
+    h = features_of(networks["encoder"], vars(settings), images[rows], run.device)
     h, labels = h.to(run.device), labels.to(run.device)
     record["val_loss"], record["val_accuracy"] = score(networks["head"], h, labels)
     rank = [record["val_accuracy"] or 0.0, -(record["val_loss"] or 0.0)]
@@ -657,7 +652,7 @@ class Comparison:
     checkpoint: dict  # the encoder's
     settings: FineTuning  # from scratch, all of SCRATCH_LRS are tried
     device: torch.device
-    bf16: bool
+    bf16: bool  # of fine-tuning's steps
 
     def fit(self, plan: Sequence[tuple[float, int, str]]) -> Iterator[dict | None]:
         """Fit each method of a plan; the test part is asked once for each fit.
@@ -699,12 +694,12 @@ class Comparison:
         encoder = untrained(arch, seed) if scratch else copy.deepcopy(self.encoder)
         lrs = SCRATCH_LRS if scratch else self.settings.lrs
         settings = replace(self.settings, seed=seed, lrs=lrs)
-        where = self.device, self.bf16
-        run = fine_tuning(encoder, len(cut.classes), settings, len(train[0]), *where)
+        how = settings, len(train[0]), self.device, self.bf16
+        run = fine_tuning(encoder, len(cut.classes), *how)
         yield from (None for _ in finetune(run, self.images, train, val))
         cell = {"seconds": time.perf_counter() - began, "lr": run.best["peak_lr"]}
         cell["parameters"] = sum(p.numel() for p in run.networks.parameters())
-        h = features_of(encoder, self.checkpoint, self.images[of["test"]], *where)
+        h = features_of(encoder, self.checkpoint, self.images[of["test"]], self.device)
         return cell | {"probs": probabilities(run.networks["head"].cpu(), h).tolist()}
 
     def fit_features(self, cut: Task, seed: int, method: str, kept: dict) -> dict:
@@ -717,7 +712,7 @@ class Comparison:
         if key not in kept:
             random = method == "untrained"
             encoder = untrained(self.checkpoint["arch"], seed) if random else self.encoder
-            h = features_of(encoder, self.checkpoint, self.images, self.device, self.bf16)
+            h = features_of(encoder, self.checkpoint, self.images, self.device)
             kept[key] = h, (time.perf_counter() - began) / len(h)
         h, each = kept[key]
         began = time.perf_counter() - each * (len(of["train"]) + len(of["val"]))
@@ -996,20 +991,15 @@ def load_classifier(path: Path) -> tuple[simclr.ResNet, nn.Module, dict]:
 
 
 class Classifier(nn.Module):
-    """Encoder and head as one network, pictures (N, 1, S, S) -> logits (N, K).
-
-    The head computes in float32, also where the encoder does in bf16; as `classify` has it.
-    """
+    """Encoder and head as one network, pictures (N, 1, S, S) -> logits (N, K)."""
 
     def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 1, S, S) float, normalised -> (N, K) float32."""
-        h = self.encoder(images)  # (N, E)
-        with torch.autocast(images.device.type, enabled=False):
-            return self.head(h.float())
+        """(N, 1, S, S) float32, normalised -> (N, K)."""
+        return self.head(self.encoder(images))
 
 
 def untrained_classifier(checkpoint: dict) -> Classifier:
@@ -1026,7 +1016,6 @@ def classify(
     images: np.ndarray,
     classes: Sequence[str],
     device: torch.device,
-    bf16: bool,
 ) -> np.ndarray:
     """Class probabilities of pictures, from a classifier as `load_classifier` returns it.
 
@@ -1041,7 +1030,7 @@ def classify(
         UserError: the classifier has other classes.
     """
     columns = columns_of(classes, checkpoint)
-    h = features_of(encoder, checkpoint, images, device, bf16)
+    h = features_of(encoder, checkpoint, images, device)
     return probabilities(head, h).numpy()[:, columns]
 
 

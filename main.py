@@ -68,7 +68,7 @@ class Machine(NamedTuple):
     """What a command computes on."""
 
     device: torch.device
-    bf16: bool
+    bf16: bool  # of training's steps; all else is float32
     text: str  # which, and why
 
 
@@ -88,10 +88,13 @@ def choose_machine(args: argparse.Namespace) -> Machine:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # a step's shapes are those of the step before
     bf16, why = simclr.native_bf16(device)
-    if args.precision != "auto":
+    if "precision" not in args:
+        bf16, why = False, "only training takes bf16"
+    elif args.precision != "auto":
         bf16, why = args.precision == "bf16", f"--precision {args.precision}"
     many = f"{PROCESSES} processes, " * (PROCESSES > 1)
-    return Machine(device, bf16, f"{many}{name}, {'bf16' if bf16 else 'float32'} ({why})")
+    precision = "bf16 in training" if bf16 else "float32"
+    return Machine(device, bf16, f"{many}{name}, {precision} ({why})")
 
 
 def run_folder(args: argparse.Namespace, name: str) -> Path:
@@ -406,7 +409,7 @@ def look_at_epoch(
         )
     task, epoch = study.tasks.get(following_task(args, study)), record["epoch"]
     if task and not RANK and (epoch % KNN_EVERY == 0 or run.finished):
-        how = vars(run.settings), study.pictures, task, run.device, run.bf16
+        how = vars(run.settings), study.pictures, task, run.device
         accuracy = heads.knn_accuracy(run.networks["encoder"], *how)
         if accuracy is not None:
             record["knn_accuracy"] = accuracy
@@ -533,7 +536,7 @@ def probe(args: argparse.Namespace) -> None:
     settings = heads.Probing(epochs=args.epochs, seed=args.seed)
     config = run_config(args, trial.study, trial.machine, settings, **trial.values)
     images = trial.study.pictures.squares(trial.task.rows)
-    h = heads.features_of(trial.encoder, trial.checkpoint, images, *trial.machine[:2])
+    h = heads.features_of(trial.encoder, trial.checkpoint, images, trial.machine.device)
     progress = partial(progress_bar, total=args.epochs, unit="epoch", leave=False)
     head, records, probs = heads.fit_probe(h, trial.task, settings, "cosine_mlp", progress)
     fitted = {"pretrained encoder": probs}
@@ -569,7 +572,7 @@ def finetune(args: argparse.Namespace) -> None:
         head, images = run.networks["head"].cpu(), pictures.squares(task.rows)
         probs = {}
         for part in ("val", "test"):
-            h = heads.features_of(encoder, checkpoint, images[of[part]], *machine[:2])
+            h = heads.features_of(encoder, checkpoint, images[of[part]], machine.device)
             probs[part] = heads.probabilities(head, h).numpy()
         checkpoint["encoder"] = {k: v.cpu() for k, v in encoder.state_dict().items()}
         fitted = {"from scratch" if args.from_scratch else "fine-tuned network": probs}
@@ -596,7 +599,7 @@ def finish_classifier(
     """
     out, machine, _, checkpoint, study, task, leaked, *_ = trial
     progress = partial(progress_bar, total=probing.epochs, unit="epoch", leave=False)
-    how = probing, head_type, progress, *machine[:2]
+    how = probing, head_type, progress, machine.device
     fitted = fitted | heads.baselines(checkpoint, study.pictures, task, *how)
     test = heads.test_part(study, task)
     results = {name: test.measure(probs["test"]) for name, probs in fitted.items()}
@@ -677,7 +680,7 @@ def score(args: argparse.Namespace) -> None:
     print(f"  left out: {left_out:,} pictures of groups that it was trained on, {dropped:,} twins")
     test, caption = heads.test_part(study, task), evaluate.leak_caption(leaked)
     images = study.pictures.squares(task.part("test")[0])
-    probs = heads.classify(encoder, head, checkpoint, images, task.classes, *machine[:2])
+    probs = heads.classify(encoder, head, checkpoint, images, task.classes, machine.device)
     results = {"this classifier": test.measure(probs)}
     results["always the commonest"] = test.measure(test.shares())
     values = {"task": name, "model": str(args.model.resolve()), "leaked": bool(leaked)}
@@ -701,7 +704,7 @@ def predict(args: argparse.Namespace) -> None:
     out, machine, size = run_folder(args, ""), choose_machine(args), checkpoint["image_size"]
     pictures, rows = load_paths(args, size)
     images, classes = pictures.squares(rows), checkpoint["classes"]
-    probs = heads.classify(encoder, head, checkpoint, images, classes, *machine[:2])
+    probs = heads.classify(encoder, head, checkpoint, images, classes, machine.device)
     table = evaluate.prediction_table([pictures.paths[row] for row in rows], probs, classes)
     wide = max(len(one_line(path)) for path, *_ in table)
     for path, called, *shares in table:  # the header, and then pictures, to four digits
@@ -757,7 +760,8 @@ def explain(args: argparse.Namespace) -> None:
     encoder, head, checkpoint = heads.load_classifier(args.model)
     name, classes, size = (checkpoint[key] for key in ("task", "classes", "image_size"))
     args.out = args.out or (RUNS if args.paths else base_folder(args)) / f"explain-{name}"
-    out, (device, bf16, text) = run_folder(args, ""), choose_machine(args)
+    out, machine = run_folder(args, ""), choose_machine(args)
+    device = machine.device
     if size <= simclr.STRIDES[args.layer]:
         text = f"{args.layer} has one place for all of a picture of {size} pixels: no map; give an"
         raise data.UserError(f"{text} earlier one, such as --layer layer{int(args.layer[-1]) - 1}")
@@ -767,23 +771,18 @@ def explain(args: argparse.Namespace) -> None:
     found, where = [], (f"encoder.{args.layer}", simclr.STRIDES[args.layer])
     model = heads.Classifier(encoder, head).to(device)
     random = heads.untrained_classifier(checkpoint).to(device)
-    # No cache: it would keep the weights that the randomisation check shuffles.
-    how = {"dtype": torch.bfloat16, "enabled": bf16, "cache_enabled": False}
-    precision = partial(torch.autocast, device.type, **how)
     with gradcam.GradCAM(model, *where) as cam, gradcam.GradCAM(random, *where) as untrained:
         for i in progress_bar(range(0, len(rows), EXPLAINED), unit="batch", leave=False):
             squares = pictures.squares(rows[i : i + EXPLAINED])
             lesions = [data.lesion_of(root, path, size) for path in paths[i : i + EXPLAINED]]
             x, generator = heads.scaled(squares, checkpoint, device), data.generator_for(i)
-            with precision():
-                one = gradcam.explain(cam, untrained, squares, x, np.stack(lesions), generator)
+            one = gradcam.explain(cam, untrained, squares, x, np.stack(lesions), generator)
             found.append(one)
             drawn = zip(files[i : i + EXPLAINED], squares, one.maps, lesions, strict=True)
             write(out, {file: gradcam.overlay_picture(*rest) for file, *rest in drawn})
     some = np.linspace(0, len(rows) - 1, min(gradcam.CHECKED, len(rows))).round().astype(int)
     x = heads.scaled(pictures.squares(rows[some]), checkpoint, device)
-    with precision():
-        check = gradcam.randomisation_check(model, where[0], x, STAGES)
+    check = gradcam.randomisation_check(model, where[0], x, STAGES)
     measures = {k: np.concatenate([one.measures[k] for one in found]) for k in found[0].measures}
     probs = np.concatenate([one.probs for one in found])
     shown = gradcam.Shown(name, classes, paths, files, labels, groups, probs, measures)
@@ -791,7 +790,7 @@ def explain(args: argparse.Namespace) -> None:
     page = gradcam.gallery(shown, report, lambda file: (out / file).read_bytes())
     written = {"report.txt": report, "explain.csv": shown.table(), "index.html": page}
     config = {"command": "explain", "model": str(args.model.resolve()), "layer": args.layer}
-    conclude(out, written | {"config.json": config | {"device": text} | origin(args)})
+    conclude(out, written | {"config.json": config | {"device": machine.text} | origin(args)})
 
 
 def embed(args: argparse.Namespace) -> None:
@@ -805,7 +804,7 @@ def embed(args: argparse.Namespace) -> None:
     study = load_data(args, checkpoint["image_size"])
     pictures = study.pictures
     rows = readable(pictures)
-    h = heads.features_of(encoder, checkpoint, pictures.squares(rows), *machine[:2]).numpy()
+    h = heads.features_of(encoder, checkpoint, pictures.squares(rows), machine.device).numpy()
     told = np.full((3, len(pictures.paths)), "", object)  # label, task, split; '' = of no class
     for task in study.tasks.values():
         told[0, task.rows] = np.array(task.classes)[task.labels]
@@ -991,8 +990,10 @@ def declare_training_flags(flag: Callable) -> None:
     part = partial(flag, "machine", computing)
     text = "auto takes CUDA, then Apple's MPS, then the CPU"
     part("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help=text)
-    text = "auto takes bf16 where the machine computes it natively; the loss stays float32"
-    part("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=text)
+    text = "of a network's training steps; auto takes bf16 where the machine computes it natively; "
+    text += "the loss and all that comes after training stay float32"
+    how = {"choices": ("auto", "bf16", "fp32"), "default": "auto", "help": text}
+    flag("machine", "pretrain finetune compare", "--precision", **how)
 
 
 def main(argv: list[str] | None = None) -> int:

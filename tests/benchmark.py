@@ -190,16 +190,16 @@ def probing(args: argparse.Namespace) -> dict[str, str]:
     images = pictures(args.image_size)[:256]
     encoder = simclr.resnet18().eval().to(machine.device)
     x = torch.randn(len(images), 1, *images.shape[1:], device=machine.device)
-    x = x.contiguous(memory_format=simclr.memory_format(machine.device, machine.bf16))
+    x = x.contiguous(memory_format=simclr.memory_format(machine.device, bf16=False))
 
     def bare() -> None:
         """The forward pass alone."""
-        with torch.inference_mode(), torch.autocast(x.device.type, torch.bfloat16, machine.bf16):
+        with torch.inference_mode():
             encoder(x)
 
     took: dict[str, list[float]] = {"bare": [], "ours": []}
     for _ in range(args.rounds + 1):
-        ours = timed(lambda: heads.features_of(encoder, checkpoint, images, *machine[:2]), x.device)
+        ours = timed(lambda: heads.features_of(encoder, checkpoint, images, x.device), x.device)
         took["ours"].append(len(images) / ours)
         took["bare"].append(len(images) / timed(bare, x.device))
     generator = torch.Generator().manual_seed(0)

@@ -85,8 +85,8 @@ FAULTS = [
     Fault(
         "the probed encoder left in train mode",
         "heads.py",
-        "encoder.to(device, memory_format=layout).eval()",
-        "encoder.to(device, memory_format=layout).train()",
+        ".to(device, memory_format=layout).eval()",
+        ".to(device, memory_format=layout).train()",
         "heads",
         "features or probe",
     ),

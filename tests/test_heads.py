@@ -115,6 +115,10 @@ def test_features_come_from_running_statistics_and_the_mode_is_restored():
     alone = heads.features_of(encoder, SCALING, images[:1], CPU)
     together = heads.features_of(encoder, SCALING, images, CPU, batch_size=2)
     assert encoder.training
+    turned = simclr.resnet18().to(memory_format=torch.channels_last).eval()
+    heads.features_of(turned, SCALING, images, CPU)
+    assert not turned.training  # nor is a training's memory format changed under it
+    assert turned.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert together.shape == (5, 512) and together.dtype == torch.float32
     assert torch.allclose(alone[0], together[0], atol=1e-5)
     assert heads.features_of(encoder, SCALING, images[:0], CPU).shape == (0, 512)
@@ -168,12 +172,12 @@ def test_a_classifiers_columns_are_matched_by_the_names_of_the_classes():
     checkpoint = {"classes": ["a", "b", "c"], "mean": 0.5, "std": 0.5}
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32), dtype=np.uint8)
     device = torch.device("cpu")
-    known = heads.classify(encoder, head, checkpoint, images, ("a", "b", "c"), device, False)
-    turned = heads.classify(encoder, head, checkpoint, images, ("c", "a", "b"), device, False)
+    known = heads.classify(encoder, head, checkpoint, images, ("a", "b", "c"), device)
+    turned = heads.classify(encoder, head, checkpoint, images, ("c", "a", "b"), device)
     assert known.shape == (4, 3) and np.allclose(known.sum(axis=1), 1)
     assert np.array_equal(turned, known[:, [2, 0, 1]]) and not np.allclose(turned, known)
     with pytest.raises(data.UserError, match="classes a, b, and .* a, b, c"):
-        heads.classify(encoder, head, checkpoint, images, ("a", "b"), device, False)
+        heads.classify(encoder, head, checkpoint, images, ("a", "b"), device)
 
 
 def test_the_survey_counts_what_a_person_would_count():
@@ -404,7 +408,7 @@ def test_the_look_during_pretraining_asks_val_pictures_for_training_neighbours()
     task = heads.Task("mine", ("a", "b"), rows, swapped, rows, split, split, {})
     pictures = data.Pictures([], None, None, {}, {"square": images}, rows)
     encoder = heads.untrained("resnet18", 0)
-    accuracy = heads.knn_accuracy(encoder, SCALING, pictures, task, CPU, False)
+    accuracy = heads.knn_accuracy(encoder, SCALING, pictures, task, CPU)
     assert accuracy < 0.3
     nobody = dataclasses.replace(task, split=np.full(60, "train"))
-    assert heads.knn_accuracy(encoder, SCALING, pictures, nobody, CPU, False) is None
+    assert heads.knn_accuracy(encoder, SCALING, pictures, nobody, CPU) is None

@@ -194,13 +194,65 @@ def test_real_folders_go_through_both_commands_and_batches_shrink(tmp_path, caps
     assert sizes[0] != sizes[1] == metrics["n"]  # else labels of the wrong part might pass
 
 
-def test_bf16_runs_where_it_is_asked_for(tmp_path):
+@pytest.fixture
+def passes(monkeypatch):
+    """Of all passes through an encoder: (it trains, bf16 autocast is on)."""
+    found, forward = set(), simclr.ResNet.forward
+
+    def note(encoder: simclr.ResNet, x: torch.Tensor) -> torch.Tensor:
+        found.add((encoder.training, torch.is_autocast_enabled("cpu")))
+        return forward(encoder, x)
+
+    monkeypatch.setattr(simclr.ResNet, "forward", note)
+    return found
+
+
+@pytest.mark.parametrize("native", (False, True))
+def test_on_either_kind_of_machine_only_steps_of_training_take_bf16(
+    native, tmp_path, monkeypatch, passes, asked
+):
+    """All commands as on a CPU with bf16, and as on one without, whichever this is."""
+    monkeypatch.setattr(simclr, "native_bf16", lambda device: (native, "a test says so"))
+    monkeypatch.setattr(heads, "LEAST_STEPS", 2)
     plant(tmp_path / "scans")
-    flags = ["--data", "scans", "--precision", "bf16"]
-    assert main.main(["pretrain", *flags, "--epochs", "1", "--image-size", "32"]) == 0
-    assert main.main(["probe", *flags, "--task", "mine", "--epochs", "1"]) == 0
-    config = json.loads(Path("runs/probe-mine/config.json").read_text())
-    assert config["precision"] == config["pretraining"]["precision"] == "bf16"
+    few = ["--label-fractions", "1", "--seeds", "1"]
+    scans, model = ["--data", "scans"], ["--model", "runs/finetune-mine/classifier.pt"]
+    for training in (
+        ["pretrain", *scans, "--image-size", "32", "--epochs", "1"],  # looks at neighbours, too
+        ["finetune", *SMALL, "--epochs", "1"],
+        ["compare", *SMALL, "--epochs", "1", *few],
+    ):
+        passes.clear()
+        assert main.main(training) == 0
+        assert passes == {(True, native), (False, False)}, training[0]
+    passes.clear()
+    assert main.main(["probe", *SMALL, "--epochs", "2"]) == 0
+    assert main.main(["evaluate", *model, *scans]) == 0
+    assert main.main(["predict", *model, "scans/mine/sick"]) == 0
+    assert main.main(["explain", *model, *scans, "--layer", "layer3"]) == 0
+    assert main.main(["embed", *scans]) == 0
+    assert passes == {(False, False)}
+    check_choices(Path("runs/finetune-mine"), asked)
+    told = Path("runs/finetune-mine/predictions.csv")
+    assert Path("runs/evaluate-mine/predictions.csv").read_bytes() == told.read_bytes()
+    for row, other in zip(rows_of("runs/explain-mine/explain.csv"), rows_of(told), strict=True):
+        assert row["path"] == other["path"]
+        assert float(row["p_sick"]) == pytest.approx(float(other["p_sick"]), abs=1e-5)
+    runs = {"pretrain": native, "finetune-mine": native, "compare-mine": native}
+    for run, bf16 in (runs | {"probe-mine": False, "evaluate-mine": False}).items():
+        config = json.loads(Path("runs", run, "config.json").read_text())
+        assert config["precision"] == ("bf16" if bf16 else "fp32"), run
+
+
+@pytest.mark.parametrize("precision", ("bf16", "fp32"))
+def test_a_precision_of_training_can_be_asked_for(precision, tmp_path, monkeypatch, passes, capsys):
+    monkeypatch.setattr(simclr, "native_bf16", lambda device: (precision == "fp32", "not asked"))
+    plant(tmp_path / "scans")
+    how = ["--epochs", "1", "--image-size", "32", "--precision", precision]
+    assert main.main(["pretrain", "--data", "scans", *how]) == 0
+    assert passes == {(True, precision == "bf16"), (False, False)}
+    assert json.loads(Path("runs/pretrain/config.json").read_text())["precision"] == precision
+    assert "--precision" in refused(capsys, "probe", *SMALL, "--precision", precision)
 
 
 def test_no_validation_group_in_a_class_of_two_patients_still_probes(tmp_path):
@@ -357,7 +409,7 @@ def check_choices(run: Path, asked: list[np.ndarray]) -> None:
     encoder, head, checkpoint = heads.load_classifier(run / "classifier.pt")
     rows = [row for row in rows_of(run / "splits.csv") if row["split"] == "val"]
     squares = [data.fit_square(data.read_gray(Path("scans", row["path"])), 32) for row in rows]
-    how = np.stack(squares), checkpoint["classes"], torch.device("cpu"), False
+    how = np.stack(squares), checkpoint["classes"], torch.device("cpu")
     probs = heads.classify(encoder, head, checkpoint, *how)
     labels = np.array([checkpoint["classes"].index(row["label"]) for row in rows])
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -634,7 +686,7 @@ def test_pretraining_looks_at_neighbours_and_warns_of_a_collapse(capsys):
     assert f"epoch 2: loss {records[1]['loss']:.3f}, kNN accuracy" in out
     study = heads.load(None, 32, Path("runs/cache"))
     encoder, checkpoint = simclr.load_encoder(Path("runs/phantoms/pretrain/encoder.pt"))
-    how = study.pictures, study.task("tumor"), torch.device("cpu"), False
+    how = study.pictures, study.task("tumor"), torch.device("cpu")
     again = heads.knn_accuracy(encoder, checkpoint, *how)
     assert again == pytest.approx(records[1]["knn_accuracy"], abs=0.1)
     assert "collapsed" not in out
