@@ -32,8 +32,12 @@ import simclr  # noqa: E402
 COMMAND = ["pretrain", "--image-size", "32", "--batch-size", "8", "--epochs", "3"]
 
 
-def begin(*words: str) -> int:
-    """Start the command in a process of its own, which says everything into a file."""
+def begin(*words: str, pause: bool = False) -> int:
+    """Start the command in a process of its own, which says everything into a file.
+
+    Args:
+        pause: it stops itself (SIGSTOP) behind each step, until SIGCONT comes.
+    """
     Path("said").write_text("")  # of the process before
     pid = os.fork()  # the modules are imported already: a start costs no seconds
     if pid:
@@ -42,6 +46,8 @@ def begin(*words: str) -> int:
     with open("said", "w") as said, contextlib.suppress(BaseException):
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
+        if pause:
+            main.show_step = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
         try:
             status = main.main([*COMMAND, *words])
         except SystemExit as stop:
@@ -64,11 +70,19 @@ def kill_after(seconds: float, number: int, *words: str) -> int:
 
 
 def begin_training(*words: str) -> int:
-    """Start, and wait for the first step."""
-    pid = begin(*words)
-    while "step/s" not in Path("said").read_text():
-        time.sleep(0.02)
+    """Start, and wait until it pauses behind its first step, however fast it computes."""
+    pid = begin(*words, pause=True)
+    check(os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1]), "a run comes to its first step")
     return pid
+
+
+def go_on(pid: int) -> int:
+    """Let what pauses go on to its end: how it ended."""
+    while True:
+        os.kill(pid, signal.SIGCONT)
+        status = os.waitpid(pid, os.WUNTRACED)[1]
+        if not os.WIFSTOPPED(status):
+            return os.waitstatus_to_exitcode(status)
 
 
 def left_behind(folder: Path) -> tuple[dict, list[dict]]:
@@ -125,13 +139,13 @@ def run(kills: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         pid = begin_training("--out", "stopped")
         os.kill(pid, number)
-        status = end(pid)
+        status = go_on(pid)
         check(status == 128 + number, f"signal {number} exits with {128 + number}, not {status}")
         check("goes on from there" in Path("said").read_text(), "a stopped run says how to go on")
     first = begin_training("--out", "stopped")
     check(end(begin("--out", "stopped")) == 2, "a second run into one folder is refused")
     check("another run is writing" in Path("said").read_text(), "and is told why")
-    check(end(first) == 0, "the first one goes on to its end")
+    check(go_on(first) == 0, "the first one goes on to its end")
     compare("stopped")
     print(f"{kills} kills, {torn} of them in a write; {ends} runs of {took:.0f} s, the same bits")
 
