@@ -3,14 +3,15 @@
     python tests/mutants.py
 
 A test that nothing can fail proves nothing. Each fault below is a change of a line or two to a copy
-of the code, on which the named tests have to fail; without it they pass, or the suite would be red.
-`.ci/run` runs this after the suite.
+of the code, on which the named tests have to fail. First they run on the code as it is: what is red
+there anyway can find nothing, and is a failure. `.ci/run` runs this after the suite.
 """
 
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -221,8 +222,12 @@ FAULTS = [
 ]
 
 
-def run(fault: Fault) -> int:
-    """Run a fault's tests in a process of its own, on a copy of the code; pytest's exit status."""
+def run(fault: Fault, planted: bool) -> int:
+    """Run a fault's tests in a process of its own, on a copy of the code; pytest's exit status.
+
+    Args:
+        planted: the copy has the fault; else it is like the code.
+    """
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -234,10 +239,11 @@ def run(fault: Fault) -> int:
             for module in HERE.glob("*.py"):
                 shutil.copy(module, copy)
             text = (copy / fault.file).read_text()
-            if text.count(fault.old) != 1:
+            if planted and text.count(fault.old) != 1:
                 status = 98
             else:
-                (copy / fault.file).write_text(text.replace(fault.old, fault.new))
+                if planted:
+                    (copy / fault.file).write_text(text.replace(fault.old, fault.new))
                 os.chdir(copy)
                 os.dup2(nothing.fileno(), 1)
                 os.dup2(nothing.fileno(), 2)
@@ -251,22 +257,42 @@ def plant(faults: list[Fault]) -> int:
     """Plant faults one after the other, and print what became of each; how many were not found."""
     missed = 0
     for fault in faults:
-        status = run(fault)
+        status = run(fault, planted=True)
         missed += status != 1  # 1: tests failed; all else: they passed, or did not even run
         verdict = "found" if status == 1 else f"NOT FOUND (pytest's status {status})"
         print(f"{fault.what:42} {verdict}", flush=True)
     return missed
 
 
-def main() -> int:
-    """Plant all faults, or those whose names hold a given word; status 1 if one was not found."""
-    words, cores, workers = sys.argv[1:], os.cpu_count() or 1, []
-    chosen = [f for f in FAULTS if not words or any(word in f.what for word in words)]
+def try_without(faults: list[Fault]) -> int:
+    """Run the faults' tests on the code as it is, and print which are red; how many are."""
+    red = 0
+    for fault in faults:
+        if status := run(fault, planted=False):
+            red += 1
+            tests = f"tests/test_{fault.test}.py -k {fault.named!r}"
+            print(f"{tests}: RED WITHOUT A FAULT (pytest's status {status})", flush=True)
+    return red
+
+
+def on_every_core(work: Callable[[list[Fault]], int], faults: list[Fault]) -> int:
+    """Share faults out to processes; the sum of what they count."""
+    cores, workers = os.cpu_count() or 1, []
     for k in range(cores):
         workers.append(os.fork())
         if not workers[-1]:
-            os._exit(plant(chosen[k::cores]))
-    missed = sum(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in workers)
+            os._exit(work(faults[k::cores]))
+    return sum(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in workers)
+
+
+def main() -> int:
+    """Plant all faults, or those whose names hold a given word; status 1 if one was not found."""
+    words = sys.argv[1:]
+    chosen = [f for f in FAULTS if not words or any(word in f.what for word in words)]
+    if red := on_every_core(try_without, list({(f.test, f.named): f for f in chosen}.values())):
+        print(f"{red} of the tests that should find faults are red without any")
+        return 1
+    missed = on_every_core(plant, chosen)
     print(f"{missed} of {len(chosen)} faults were not found")
     return int(missed > 0)
 
