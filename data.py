@@ -829,7 +829,11 @@ def name_task(home: tuple[str, ...], root_name: str, classes: set[str], taken: d
     for word in reversed(TASK_IN_NAME.findall("/".join(folders).lower())):  # the innermost first
         names.append(word.replace("sclerosis", "ms"))
     names += [folders[0], folders[-1], "-".join((*folders, *sorted(classes)))]
-    return next(name for name in names if taken.setdefault(name, classes) == classes)
+    for name in names:
+        if name not in taken or taken[name] == classes:
+            break
+    taken[name] = classes
+    return name
 
 
 TABLE_COLUMNS = {"path", "label", "task", "patient", "split", "group", "pixel_hash"}
@@ -1119,12 +1123,12 @@ def group_images(images: Images, layout: Layout) -> Groups:
     if not file.exists():
         with write_atomically(file) as out:
             np.save(out, near_duplicate_pairs(images.thumbnails))
-    a, b = np.load(file).T
-    equal = (images.hashes[a] == images.hashes[b]).all(axis=1)
-    counts = equal | (layout.patient[a] == "") | (layout.patient[b] == "")
-    a, b = a[counts], b[counts]
-    n, first = len(images.names), {}
-    joined = np.column_stack([a, b]).tolist()
+    pairs = np.load(file)  # (k, 2)
+    equal = (images.hashes[pairs[:, 0]] == images.hashes[pairs[:, 1]]).all(axis=1)
+    one_unknown = (layout.patient[pairs] == "").any(axis=1)
+    pairs = pairs[equal | one_unknown]
+    a, b = pairs[:, 0], pairs[:, 1]
+    joined, first, n = pairs.tolist(), {}, len(images.names)
     for row, patient in enumerate(layout.patient):
         if patient:
             joined.append((first.setdefault(patient, row), row))

@@ -439,7 +439,7 @@ def report(title: str, columns: dict[str, np.ndarray], shuffled: dict[str, float
     defined for no image has no row.
     """
     known, correct = columns["label"] != "", columns["label"] == columns["prediction"]  # (N,) bool
-    parts = {"all images": known | True, "correct": correct, "wrong": known & ~correct}
+    parts = {"all images": np.ones_like(known), "correct": correct, "wrong": known & ~correct}
     names = [name for name in sorted(columns) if columns[name].dtype == float and name[:2] != "p_"]
     lines = [f"# {' '.join(title.split())}", "", CAUTION, "", summary(columns, shuffled), ""]
     headings = [f"{name} ({part.sum()})" for name, part in parts.items()]
@@ -461,7 +461,7 @@ def figure(row: dict) -> str:
     ranked = sorted((name for name in row if name.startswith("p_")), key=row.get, reverse=True)
     answer = ", ".join(f"{name[2:]} {row[name]:.1%}" for name in ranked)
     mark = "answer" if row["label"] in ("", row["prediction"]) else "wrong"
-    numbers = [name for name in row if isinstance(row[name], float) and row[name] == row[name]]
+    numbers = [name for name in row if isinstance(row[name], float) and np.isfinite(row[name])]
     measured = [f"{name.replace('_', ' ')} {row[name]:.2f}" for name in numbers if name[:2] != "p_"]
     source = quote(row["overlay"])
     return (

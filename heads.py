@@ -95,9 +95,8 @@ def linear_probe(in_features: int, num_classes: int) -> nn.Sequential:
     Without that, one learning rate cannot serve features of every size: on the tumor set those of
     an untrained encoder scored .40 instead of .70 (docs/results.md).
     """
-    return nn.Sequential(
-        nn.BatchNorm1d(in_features, affine=False), nn.Linear(in_features, num_classes)
-    )
+    norm = nn.BatchNorm1d(in_features, affine=False)
+    return nn.Sequential(norm, nn.Linear(in_features, num_classes))
 
 
 # By head_type: (E, K) -> a head. "fc" is what fine-tuning trains.
@@ -539,7 +538,7 @@ def fit(
         probs, of test, (k, K) as lists.
     """
     began = time.perf_counter()
-    record = {"method": method, "fraction": fraction, "seed": seed, "lr": None}
+    line = {"method": method, "fraction": fraction, "seed": seed, "lr": None}
     task = label_subset(setup.task, fraction, seed)
     train, test, K = task.part("train"), task.part("test"), len(task.classes)
     setup = replace(setup, task=task)
@@ -551,8 +550,8 @@ def fit(
         settings = replace(settings, lrs=lrs, seed=seed)
         head = new_head("fc", encoder.feature_dim, K, seed)
         trained = Classifier(copy.deepcopy(encoder), head)
-        epochs = finetune(setup, trained, settings, progress=progress)
-        record["lr"] = max([epoch for epoch, _ in epochs], key=merit)["peak_lr"]
+        records = [record for record, _ in finetune(setup, trained, settings, progress=progress)]
+        line["lr"] = max(records, key=merit)["peak_lr"]
         probs = part_probs(setup, trained, "test")
     elif method == "knn":
         h = task_features(setup, encoder).numpy()
@@ -563,9 +562,9 @@ def fit(
         head_type = "linear" if method == "linear" else "cosine_mlp"
         trained, _, of_parts = fit_probe(h, task, Probing(seed=seed), head_type, progress)
         probs = of_parts["test"]
-    record |= {"groups": len(np.unique(task.groups[train])), "images": len(train)}
-    record["parameters"] = sum(parameter.numel() for parameter in trained.parameters())
-    return record | {"seconds": time.perf_counter() - began, "probs": probs.tolist()}
+    line |= {"groups": len(np.unique(task.groups[train])), "images": len(train)}
+    line["parameters"] = sum(parameter.numel() for parameter in trained.parameters())
+    return line | {"seconds": time.perf_counter() - began, "probs": probs.tolist()}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -917,7 +917,8 @@ def explain(args: Namespace) -> None:
 
 def draw_maps(args: Namespace, out: Path, model: tuple, asked: Asked) -> dict[str, np.ndarray]:
     """Write the overlay of each image; the measures of its map, by name."""
-    (classifier, checkpoint), measured = model, []
+    classifier, checkpoint = model
+    measured = []
     layer, stride = f"encoder.{args.layer}", simclr.STRIDES[args.layer]
     encoder, K = heads.untrained(checkpoint["arch"], 0), len(checkpoint["classes"])
     head = heads.new_head(checkpoint["head_type"], encoder.feature_dim, K, 0)
@@ -1024,7 +1025,8 @@ DEVICES, PRECISIONS, HEADS = (
     "auto bf16 fp32".split(),
     list(heads.HEADS),
 )
-SHARES, (SMALLER, FEWER, SHORTER) = [0.01, 0.1, 1.0], PHANTOM_DEFAULTS.values()
+SHARES = [0.01, 0.1, 1.0]
+SMALLER, FEWER, SHORTER = PHANTOM_DEFAULTS.values()  # pixels, slices, epochs
 FLAGS = {  # the default stands in brackets
     "paths": {"type": Path, "nargs": "*", "help": "images, volumes, shards and folders"},
     "--data": {"type": Path, "help": "folder of scans, <task>/<class>/ in it [phantoms]"},

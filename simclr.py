@@ -411,18 +411,17 @@ def pretrain(
     finished = resume["epoch"] if resume else 0
     for epoch in range(finished + 1, settings.epochs + 1):
         networks.train()
-        began = time.perf_counter()
-        sums = torch.zeros(3, device=device)
+        began, sums = time.perf_counter(), torch.zeros(3, device=device)
         # Step 0 of an epoch draws its order, step s >= 1 the views of its batch s.
         order = torch.randperm(len(rows), generator=generator_for(settings.seed, epoch, 0)).numpy()
         for step in progress(range(steps)):
             lr = warmup_cosine((epoch - 1) * steps + step, total, settings.lr, settings.lr / 50)
             set_lr(optimizer, lr)
-            # The batch, (N, 1, S, S) uint8, from wherever the images lie.
-            batch = torch.as_tensor(images[rows[order[step * size : (step + 1) * size]]])[:, None]
+            chosen = rows[order[step * size : (step + 1) * size]]  # (N,)
+            batch = torch.as_tensor(images[chosen])[:, None].to(device)  # (N, 1, S, S) uint8
             generator = generator_for(settings.seed, epoch, step + 1)
             optimizer.zero_grad()
-            loss, z_a, z_b = training_step(networks, batch.to(device), generator, settings, bf16)
+            loss, z_a, z_b = training_step(networks, batch, generator, settings, bf16)
             if not loss.isfinite():
                 tip = f"try --restart --lr {settings.lr / 2:.2g}"
                 raise data.UserError(f"the loss is {loss:.3g} in epoch {epoch}; {tip}")
@@ -432,8 +431,8 @@ def pretrain(
         seconds = time.perf_counter() - began
         record = {"epoch": epoch, "loss": mean_loss, "lr": lr, "contrastive_accuracy": accuracy}
         record |= {"embedding_std": std, "images_per_second": steps * size / seconds}
-        state = {"weights": networks.state_dict(), "optimizer": optimizer.state_dict()}
-        yield record | {"seconds": seconds}, state | {"epoch": epoch}
+        state = {"epoch": epoch, "weights": networks.state_dict()}
+        yield record | {"seconds": seconds}, state | {"optimizer": optimizer.state_dict()}
 
 
 # ---------------------------------------------------------------------------------------------
