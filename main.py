@@ -427,9 +427,12 @@ def pretrain(args: Namespace) -> None:
         advise_steps(args, settings, len(rows))
         seen = torch.from_numpy(study.images.hashes[rows])
 
-        def save(state: dict) -> None:
-            kept = simclr.encoder_checkpoint(encoder, config, state["epoch"], seen)
+        def save_encoder(epoch: int) -> None:
+            kept = simclr.encoder_checkpoint(encoder, config, epoch, seen)
             simclr.save(kept, out / "encoder.pt")
+
+        def save(state: dict) -> None:
+            save_encoder(state["epoch"])
             simclr.save(state, out / "checkpoint.pt")  # last: it says that all is there
 
         how = (settings, args.device, args.bf16, state, partial(progress_bar, unit="step"))
@@ -437,12 +440,12 @@ def pretrain(args: Namespace) -> None:
         look = partial(look_at_epoch, encoder, study, settings)
         records = train(out, epochs, state, settings.epochs, save, look)
         if RANK == 0 and not (out / "encoder.pt").exists():  # after --epochs 0, or deleted
-            kept = simclr.encoder_checkpoint(encoder, config, len(records), seen)
-            simclr.save(kept, out / "encoder.pt")
+            save_encoder(len(records))
         names = {"loss": "NT-Xent, nats", "contrastive_accuracy": "contrastive accuracy"}
         names["knn_accuracy"] = "kNN accuracy on val"
         files = {"curve.png": evaluate.curve_figure("Pretraining", records, names)}
-        conclude(out, files, probe_or_embed(args, study, args.out and out / "encoder.pt"))
+        if RANK == 0:  # another machine has no such folder
+            conclude(out, files, probe_or_embed(args, study, args.out and out / "encoder.pt"))
 
 
 def fit_batch(batch_size: int, n: int) -> int:
@@ -647,8 +650,10 @@ def finish(
     name, probs = next(iter(trained.answers.items()))
     val = task.part("val")
     temperature = evaluate.fit_temperature(task.labels[val], probs["val"])
-    results = {row: test.measure(answer["test"]) for row, answer in trained.answers.items()}
-    results[name] = test.measure(probs["test"], temperature)
+    results = {name: test.measure(probs["test"], temperature)}
+    for row, answer in trained.answers.items():
+        if row != name:
+            results[row] = test.measure(answer["test"])
     heads.save_classifier(path, trained.classifier, setup, config["head"], temperature, config)
     names = {"train_loss": "training loss, nats", "val_loss": "val loss, nats"}
     names["val_accuracy"] = "val accuracy"
@@ -823,12 +828,10 @@ def predict(args: Namespace) -> None:
     with open_run(args, out, config):
         probs = calibrated_probs(args, (classifier, checkpoint), images.squares, rows)
         names, classes = [images.names[row] for row in rows], checkpoint["classes"]
-        own = checkpoint["config"].get("patient_pattern")
-        pattern = re.compile(own) if own else None
         of_patient = defaultdict(list)
-        for i, name in enumerate(names):
-            say(f"{name}: {answer_in_words(probs[i], classes)}")
-            of_patient[data.read_patient(name, pattern)].append(i)
+        for i, patient in enumerate(patients_of(names, checkpoint)):
+            say(f"{names[i]}: {answer_in_words(probs[i], classes)}")
+            of_patient[patient].append(i)
         for patient, chosen in of_patient.items():
             if patient:
                 answer = answer_in_words(probs[chosen].mean(axis=0), classes)
@@ -840,6 +843,13 @@ def predict(args: Namespace) -> None:
         paths = [str(path) for path in args.paths]
         following = ["explain", "--model", str(args.model), *paths]
         conclude(out, {"predictions.csv": table}, following)
+
+
+def patients_of(names: list[str], checkpoint: dict) -> list[str]:
+    """Whom the names of images name, by the classifier's own --patient-pattern; '' = nobody."""
+    own = checkpoint["config"].get("patient_pattern")
+    pattern = re.compile(own) if own else None
+    return [data.read_patient(name, pattern) for name in names]
 
 
 def answer_in_words(probs: np.ndarray, classes: list[str]) -> str:
@@ -874,10 +884,9 @@ def images_to_explain(args: Namespace, checkpoint: dict) -> Asked:
         labels = np.array(task.classes)[task.labels[test]]
         return Asked(study.images, study.root, rows, labels, task.groups[test])
     images, rows = read_paths(args, checkpoint["image_size"])
-    own = checkpoint["config"].get("patient_pattern")
-    pattern = re.compile(own) if own else None
-    patients = [data.read_patient(images.names[row], pattern) or f"row {row}" for row in rows]
-    groups = np.unique(patients, return_inverse=True)[1]
+    patients = patients_of([images.names[row] for row in rows], checkpoint)
+    owners = [patient or f"row {i}" for i, patient in enumerate(patients)]
+    groups = np.unique(owners, return_inverse=True)[1]
     return Asked(images, Path(), rows, np.full(len(rows), ""), groups)
 
 
