@@ -34,7 +34,6 @@ import gzip
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import struct
@@ -51,7 +50,6 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
@@ -65,11 +63,9 @@ RANDOM_PAIRS = 20_000  # of a series, to compare its consecutive files with
 SPLIT_SEED = b"simclr-brain-1"  # a constant: --seed never moves an image to another split
 HELD_OUT = 0.15  # share of the groups that go to val, and to test
 
-# Limits before anything is decoded; no real scan comes near them.
-MAX_BYTES = 1 << 30  # of a file that is no shard
-MAX_PIXELS = 89_000_000  # of an image, as Pillow has it
+# Limits before anything is decoded; no real scan comes near them. (Pillow has one for pixels.)
+MAX_BYTES = 1 << 30  # of a file that is no shard, and before the voxels of a volume
 MAX_VOXELS = 1 << 27  # 512^3: half a GiB of float32
-MAX_OFFSET = 1 << 20  # bytes between a volume's header and its voxels
 
 # How a volume becomes slices; not varied.
 WINDOW = (1, 99.9)  # percentiles of a volume that become black and white; half of it is air
@@ -150,7 +146,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------
 
 SCAN = re.compile(r"\.(png|jpe?g|bmp|gif|tiff?|webp|nii|nii\.gz|parquet)$", re.IGNORECASE)
-VOLUME = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+VOLUME = re.compile(r"(?is).*\.nii(\.gz)?(?=/|$)")  # in a path, the volume's part of it
 SHARD = re.compile(r"\.parquet$", re.IGNORECASE)
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # Pillow knows more; some start programs
 # Files and folders that mark something, and show nothing.
@@ -192,11 +188,10 @@ def read_gray(source: str | Path | BinaryIO) -> np.ndarray:
         (H, W) uint8.
 
     Raises:
-        OSError, ValueError, SyntaxError: Pillow cannot read it, or it is too large.
+        OSError, ValueError, SyntaxError, Image.DecompressionBombError: Pillow cannot read it, or it
+            has more than 179 million pixels.
     """
     with Image.open(source, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,}")
         # A colour JPEG stores luma apart: asking for it alone is twice as fast.
         image.draft("L", image.size)
         ImageOps.exif_transpose(image, in_place=True)
@@ -233,17 +228,18 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         # The first field is the header's own size: it tells the order of the bytes.
         order = "<" if header.startswith(struct.pack("<i", 348)) else ">"
         shape = struct.unpack_from(f"{order}3h", header, 42)  # voxels along each axis
+        count = int(np.prod(shape))
         (code,) = struct.unpack_from(f"{order}h", header, 70)
         offset, slope, intercept = struct.unpack_from(f"{order}3f", header, 108)
         if header[344:] != b"n+1\0" or code not in NIFTI_TYPES or min(shape) < 1:
             raise ValueError(f"type {code}, shape {shape}: no NIfTI-1 volume")
-        if math.prod(shape) > MAX_VOXELS or not 0 <= offset <= MAX_OFFSET:
+        if count > MAX_VOXELS or not 0 <= offset <= MAX_BYTES:
             raise ValueError(f"{shape} voxels from byte {offset:.4g} on: not read")
         voxel = np.dtype(NIFTI_TYPES[code]).newbyteorder(order)
         file.seek(int(offset))
-        voxels = file.read(math.prod(shape) * voxel.itemsize)  # no more, whatever would unpack
+        voxels = file.read(count * voxel.itemsize)  # no more, whatever would unpack
     volume = np.frombuffer(voxels, voxel).reshape(shape, order="F").astype(np.float32)
-    if slope and math.isfinite(slope):  # else they are the values
+    if slope and np.isfinite(slope):  # else they are the values
         volume = volume * slope + intercept
     return to_ras(volume, nifti_affine(header, order))
 
@@ -267,8 +263,7 @@ def nifti_affine(header: bytes, order: str) -> np.ndarray:
         a = max(0, 1 - b * b - c * c - d * d) ** 0.5
         cross = np.array([[0, -d, c], [d, 0, -b], [-c, b, 0]])
         turn = np.eye(3) + 2 * a * cross + 2 * cross @ cross  # Rodrigues, in half angles
-        handedness = -1 if zoom[0] < 0 else 1
-        affine[:3, :3] = turn * zoom[1:] * (1, 1, handedness)
+        affine[:3, :3] = turn * zoom[1:] * (1, 1, np.copysign(1, zoom[0]))
         affine[:3, 3] = shift
     else:
         raise ValueError("it has neither sform nor qform, so left and right are unknown")
@@ -373,18 +368,17 @@ def shard_images(path: Path) -> Iterator[tuple[str, np.ndarray | Exception]]:
     with parquet.ParquetFile(path) as shard:
         about = json.loads((shard.schema_arrow.metadata or {}).get(b"huggingface", "{}"))
         classes = about.get("info", {}).get("features", {}).get("label", {}).get("names")
-        row = 0
-        for batch in shard.iter_batches(64, columns=["image", "label"], use_threads=False):
-            for entry in batch.to_pylist():
-                label, name = entry.get("label"), f"{row}"
-                if label not in (None, -1):  # -1 = not labelled
-                    label = str(classes[label] if classes else label).replace("/", "_")
-                    name = f"{label}/{row}"
-                try:
-                    yield name, read_gray(io.BytesIO(entry["image"]["bytes"]))
-                except Exception as error:  # broken bytes can make Pillow raise nearly anything
-                    yield name, error
-                row += 1
+        batches = shard.iter_batches(64, columns=["image", "label"], use_threads=False)
+        entries = (entry for batch in batches for entry in batch.to_pylist())
+        for row, entry in enumerate(entries):
+            name, label = f"{row}", entry.get("label")
+            if label not in (None, -1):  # -1 = not labelled
+                folder = str(classes[label] if classes else label).replace("/", "_")
+                name = f"{folder}/{row}"
+            try:
+                yield name, read_gray(io.BytesIO(entry["image"]["bytes"]))
+            except Exception as error:  # broken bytes can make Pillow raise nearly anything
+                yield name, error
 
 
 def images_in(root: Path | None, file: str) -> Iterator[tuple[str, np.ndarray | Exception]]:
@@ -396,15 +390,14 @@ def images_in(root: Path | None, file: str) -> Iterator[tuple[str, np.ndarray | 
     Yields:
         (name within the file, '' where it has one image; (H, W) uint8, or why it cannot be read)
     """
+    path = Path(root or "", file)
     if root is None:
         yield "", draw_phantom(file)[0]
-        return
-    path = root / file
-    if SHARD.search(file):
+    elif SHARD.search(file):
         yield from shard_images(path)
     elif path.stat().st_size > MAX_BYTES or not path.is_file():  # reading a pipe would wait
         raise ValueError(f"it is no file of at most {MAX_BYTES:,} bytes")
-    elif VOLUME.search(file):
+    elif VOLUME.fullmatch(file):
         yield from volume_slices(path)
     else:
         yield "", read_gray(path)
@@ -484,16 +477,15 @@ def decode(root: Path | None, size: int, file: str) -> list[tuple[str, bytes, st
     return decoded
 
 
-def decode_files(
-    root: Path | None, files: list[str], size: int, folder: Path, progress: Callable
-) -> None:
+def decode_files(files: list[str], work: Callable, folder: Path, progress: Callable) -> None:
     """Decode files on every core, and append their images to one plain file.
 
     index.json is written last: without it there is no cache, and all is decoded again. So a decode
     that was killed at any moment leaves nothing that could be mistaken for a whole one.
 
     Args:
-        files: names below `root`; a volume and a shard become several images each.
+        files: a volume and a shard become several images each.
+        work: `decode` for a file of this list.
         folder: of the cache, held by the caller.
         progress: as in `load_images`.
 
@@ -503,7 +495,7 @@ def decode_files(
     # A DataLoader collates in its worker processes: that is where the files are decoded. With its
     # own generator it leaves the default one, which belongs to the networks, as it is.
     workers = torch.get_num_threads() if len(files) >= FEW else 0
-    work, own = partial(decode, root, size), torch.Generator()
+    own = torch.Generator()
     loader = DataLoader(files, None, collate_fn=work, num_workers=workers, generator=own)
     index = []
     try:
@@ -527,7 +519,8 @@ def load_images(
     all are decoded again: a minute for 100,000 images. Any folder of the cache may be deleted.
 
     Args:
-        root, files: as `decode_files` takes them.
+        root: folder of the files; None for phantoms.
+        files: their paths below it.
         size: S, pixels a side of the squares.
         cache: the folder of all caches.
         progress: wraps an iterable and shows how far it is, as tqdm does.
@@ -544,16 +537,15 @@ def load_images(
     if not (folder / "index.json").exists():
         with lock_folder(folder):
             if not (folder / "index.json").exists():  # still: another process may just have ended
-                decode_files(root, files, size, folder, progress)
+                decode_files(files, partial(decode, root, size), folder, progress)
     try:
-        index = json.loads((folder / "index.json").read_text())
-        rows = np.memmap(folder / "images.bin", row_type(size), "r", shape=len(index))
-        names = [name for name, _ in index]
+        names, reasons = zip(*json.loads((folder / "index.json").read_text()), strict=True)
+        rows = np.memmap(folder / "images.bin", row_type(size), "r", shape=len(names))
     except ValueError as error:
         raise UserError(f"{folder} is damaged ({error}); delete it") from error
-    unreadable = {row: why for row, (_, why) in enumerate(index) if why}
+    unreadable = {row: why for row, why in enumerate(reasons) if why}
     thumbnails, hashes = np.array(rows["small"]), np.array(rows["hash"])
-    return Images(folder, names, rows["square"], thumbnails, hashes, unreadable)
+    return Images(folder, list(names), rows["square"], thumbnails, hashes, unreadable)
 
 
 def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
@@ -567,7 +559,8 @@ def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     Raises:
         OSError: a folder may not be opened. (Passing over it would change the split in silence.)
     """
-    paths, real = sorted(folder.iterdir()), folder.resolve()
+    paths = sorted(folder.iterdir())
+    real = folder.resolve()
     config = folder / "config.json"
     if real in above or (config in paths and b'"command"' in config.read_bytes()):
         return
@@ -637,15 +630,11 @@ CLASS_ENDING = re.compile(r"(?<!no)(tumor|demented|dementia)$")
 SPELLINGS = {"nostroke": "normal", "nolesion": "no-lesion", "verymild": "very_mild"}
 # How folders, shards (train-00000-of-1.parquet) and tables name a publisher's splits.
 PUBLISHED = re.compile(r"(train|test|val)(ing|id|idation)?((-.*)?\.parquet)?", re.I | re.S)
-# Folders that name neither task nor class, such as those of BIDS and of Hugging Face, and files of
-# many images, which stand in a path as folders do.
-PACKAGING = re.compile(
-    r"ses-\w+|anat|dwi|func|perf|data|dataset|images|augment.*|.*\.(nii|nii\.gz|parquet)",
-    re.I | re.S,
-)
+# Folders that name neither task nor class, such as those of BIDS and of Hugging Face.
+PACKAGING = re.compile(r"(?i)ses-\w+|anat|dwi|func|perf|data|dataset|images|augment.*")
 # Patients as public sets name them; what a pattern cannot know, --patient-pattern or --labels says.
 PATIENT = re.compile(
-    r"""(?<![a-z0-9])(?:
+    r"""(?ix)(?<![a-z0-9])(?:
       patient[-_ ]?\(?\d+          # Patient-7, patient_007, Patient (12)
     | sub-[a-z]*\d[a-z0-9]*        # BIDS: sub-01, sub-control07
     | sub(?:ject)?[-_ ]?\d+        # sub01, subject-01
@@ -657,13 +646,10 @@ PATIENT = re.compile(
     | brats\d*(?:[-_][a-z]+)?[-_]\d+  # BraTS20_Training_001, BraTS-GLI-00001-000
     | \d{3,}(?=/)                  # a folder called 0001
     | [^/]+/\d+(?=\ \(\d+\)\.\w+$)  # Normal/58 (1).jpg: numbers begin anew in each class
-    )""",
-    re.IGNORECASE | re.VERBOSE,
+    )"""
 )
-MANY, SMALL = (
-    10,
-    8,
-)  # more classes than this, of fewer images each (a median), are patients' folders
+# More classes than this, with a median of fewer images than that, are the folders of patients.
+MANY, SMALL = 10, 8
 
 
 @dataclass
@@ -711,7 +697,7 @@ def read_patient(path: str, pattern: re.Pattern | None) -> str:
     if match:
         plain = re.sub(r"[-_ (]", "", match[0].lower())
         return re.sub(r"(?<!\d)0+(?=\d)", "", plain)
-    volume = re.match(r".*\.nii(\.gz)?(?=/)", path, re.IGNORECASE | re.DOTALL)
+    volume = VOLUME.match(path)
     return volume[0] if volume else ""  # a volume is somebody's
 
 
@@ -742,7 +728,7 @@ def read_folders(path: str, pattern: re.Pattern | None) -> tuple[tuple[str, ...]
         is_patient = depth == patient_depth or PATIENT.match(f"{name}/")
         if split:
             published = split[1].lower()
-        elif not is_patient and not PACKAGING.fullmatch(name):
+        elif not is_patient and not PACKAGING.fullmatch(name) and not SCAN.search(name):
             kept.append(spell(name))
     return tuple(kept), published
 
@@ -761,9 +747,8 @@ def holds_classes(folder: tuple[str, ...], tree: dict[tuple[str, ...], set[str]]
     True
     """
     beside = tree[folder]
-    for classes in KNOWN_TASKS.values():
-        if len(beside.intersection(classes)) > 1:
-            return True
+    if any(len(beside.intersection(classes)) > 1 for classes in KNOWN_TASKS.values()):
+        return True
     inside = [tree[*folder, name] for name in beside if (*folder, name) in tree]
     names = beside.union(folder, *inside)
     if names & KNOWN_CLASSES or TASK_IN_NAME.search(" ".join(names).lower()):
@@ -803,9 +788,10 @@ def read_names(study: Study, root_name: str, pattern: re.Pattern | None) -> None
     # Then by name, so that the order of the files changes nothing.
     for home, rows_of in sorted(sources.items(), key=lambda source: (-len(source[1]), source[0])):
         if len(rows_of) > MANY and np.median([len(rows) for rows in rows_of.values()]) < SMALL:
-            found = f"{'/'.join((root_name, *home))}: {min(rows_of)!r} and {len(rows_of) - 1} more"
-            fix = "--patient-pattern 'REGEX with (the patient)' or --labels table.csv"
-            raise UserError(f"{found}: patients? Use {fix}")
+            fix = "use --patient-pattern 'REGEX with (the patient)' or --labels table.csv"
+            raise UserError(
+                f"{min(rows_of)!r} and {len(rows_of) - 1} more look like patients; {fix}"
+            )
         if len(rows_of) > 1:
             name = name_task(home or (root_name,), set(rows_of), taken)
             for class_, rows in rows_of.items():
@@ -828,8 +814,7 @@ def name_task(folders: tuple[str, ...], classes: set[str], taken: dict[str, set[
     names += [folders[0], "-".join((*folders, *sorted(classes)))]
     for name in names:
         if taken.setdefault(name, classes) == classes:
-            break
-    return name
+            return name
 
 
 TABLE_COLUMNS = {"path", "label", "task", "patient", "split", "group", "pixel_hash"}
@@ -866,12 +851,12 @@ def read_table(path: Path, study: Study, root_name: str) -> None:
         study.task[row] = task.replace("/", "_") if study.label[row] else ""
         study.patients[row] = patient = line.get("patient") or study.patients[row]
         if "split" in columns:
-            split = line.get("split", "").lower()
-            match = PUBLISHED.fullmatch(split)
-            if not match and split not in ("", "dropped"):
+            split = PUBLISHED.sub(r"\1", line.get("split", "").lower())  # Testing -> test
+            if split not in ("", "train", "val", "test", "dropped"):
                 raise UserError(f"{path}: {name!r} has the split {split!r}, not train, val or test")
-            study.published[row] = split = match[1] if match else split
-            if match and patient and split_of.setdefault(patient, split) != split:
+            study.published[row] = split
+            sided = patient and split in ("train", "val", "test")
+            if sided and split_of.setdefault(patient, split) != split:
                 splits = f"{split_of[patient]} and in {split}"
                 raise UserError(f"{path}: patient {patient!r} is in {splits}")
     for what, which in (
@@ -907,7 +892,8 @@ def propose_pattern(names: list[str]) -> str:
 def exact_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosines of mean-free thumbnails (k, 32, 32) uint8, pair by pair: (k,) float64.
 
-    Sums of whole numbers below 2^53 are exact in any order, so every machine splits alike. A
+    A mean is a sum / 1024, so all is whole numbers / 2^20 below 2^33: exact in float64, in whatever
+    order they are added, and every machine splits alike. A
     thumbnail of one colour has the cosine 0 with everything: volumes end in black slices, which
     would chain all patients into one group.
 
@@ -916,27 +902,10 @@ def exact_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     >>> float(exact_cosines(half, half)[0]), float(exact_cosines(half, flat)[0])
     (1.0, 0.0)
     """
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    a = a * THUMBNAIL**2 - a.sum(axis=(1, 2), keepdims=True)  # 1024 times what it is above its mean
-    b = b * THUMBNAIL**2 - b.sum(axis=(1, 2), keepdims=True)
+    a = a - a.mean(axis=(1, 2), keepdims=True)
+    b = b - b.mean(axis=(1, 2), keepdims=True)
     lengths = np.einsum("kij,kij->k", a, a) * np.einsum("kij,kij->k", b, b)
-    return np.einsum("kij,kij->k", a, b) / np.sqrt(np.maximum(lengths, 1))
-
-
-def even_and_odd(thumbnails: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split unit thumbnails into the part equal to its own mirror, and the part that is its minus.
-
-    Args:
-        thumbnails: (n, 32, 32) uint8; their means are removed first.
-
-    Returns:
-        (even, odd), each (n, 512) float32: the left half, scaled, tells all of a part, because the
-        right half repeats it up to the sign. Together the two have length 1.
-    """
-    x = torch.from_numpy(thumbnails).float().flatten(1)  # (n, 1024)
-    x = F.normalize(x.sub_(x.mean(dim=1, keepdim=True)), dim=1).view(thumbnails.shape)
-    left, right = x[..., : THUMBNAIL // 2], x[..., THUMBNAIL // 2 :].flip(2)  # (n, 32, 16)
-    return (left + right).flatten(1).div_(2**0.5), (left - right).flatten(1).div_(2**0.5)
+    return np.einsum("kij,kij->k", a, b) / np.sqrt(np.maximum(lengths, 1e-9))
 
 
 def near_duplicate_pairs(thumbnails: np.ndarray, threshold: float = NEAR_DUPLICATE) -> np.ndarray:
@@ -954,7 +923,13 @@ def near_duplicate_pairs(thumbnails: np.ndarray, threshold: float = NEAR_DUPLICA
     Returns:
         (k, 2) int64 rows i < j, each pair once.
     """
-    even, odd = even_and_odd(thumbnails)  # (n, 512) each: half the work of two whole products
+    x = torch.from_numpy(thumbnails).float()  # (n, 32, 32)
+    x -= x.mean(dim=(1, 2), keepdim=True)
+    x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    # The left half, scaled, tells all of a part, because the right half repeats it up to the sign.
+    left, right = x[..., : THUMBNAIL // 2], x[..., THUMBNAIL // 2 :].flip(2)  # (n, 32, 16) each
+    even = (left + right).flatten(1) / 2**0.5  # (n, 512): half the work of two whole products
+    odd = (left - right).flatten(1) / 2**0.5
     pairs = [np.zeros((0, 2), np.int64)]
     for start in range(0, len(thumbnails), BLOCK):
         cosines = (odd[start : start + BLOCK] @ odd[start:].T).abs_()  # (BLOCK, n - start)
@@ -1037,15 +1012,13 @@ def neighbours_in_series(study: Study, groups: np.ndarray) -> list[list[int]]:
         if len(neighbours) and share >= NEIGHBOUR_RATIO * by_chance:
             joined += neighbours.tolist()
             shares = f"{share:.1%} of neighbours are alike, {by_chance:.2%} of random pairs"
-            notice = f"{prefix}*: file order joins {len(neighbours)} pairs ({shares})"
-            study.notices.append(notice)
+            joins = f"{prefix}*: file order joins {len(neighbours)} pairs"
+            study.notices.append(f"{joins} ({shares})")
     return joined
 
 
 # Words by which publishers name copies they have made to have more images. One of them is enough.
-COPY_WORD = re.compile(
-    r"\b(?:aug|rot|flip|mirror|copy|nois|crop|bright|blur|shift)[a-z]*\d*\b"  # and rot90, flipped
-)
+COPY_WORD = re.compile(r" ?\b(?:aug|rot|flip|mirror|copy|nois|crop|bright)[a-z]*\d*\b ?")  # rot90
 
 
 def find_originals(names: list[str], labels: np.ndarray) -> list[tuple[int, int]]:
@@ -1061,21 +1034,23 @@ def find_originals(names: list[str], labels: np.ndarray) -> list[tuple[int, int]
     >>> find_originals(["a/Y1.jpg", "a/aug_Y1_0.jpg", "b/2.jpg"], np.array(["a", "a", "b"]))
     [(1, 0)]
     """
-    rows_of, copies, found = defaultdict(list), [], []
+    rows_of = defaultdict(list)  # stem -> rows
     for row, name in enumerate(names):
-        stem = " ".join(re.findall(r"[^\W_]+", Path(name).stem.lower()))  # x_rot90 -> "x rot90"
-        pieces = [piece.strip() for piece in COPY_WORD.split(stem) if piece.strip()]
-        if pieces == [stem] and SCAN.search(name):  # no slices of a volume: their names are numbers
-            rows_of[stem].append(row)
-        elif pieces and SCAN.search(name):
-            copies.append((row, pieces[0]))
-    for row, original in copies:
+        if SCAN.search(name):  # the slices of a volume are no files: their names are numbers
+            stem = re.findall(r"[^\W_]+", Path(name).stem.lower())
+            rows_of[" ".join(stem)].append(row)  # x_rot90 -> "x rot90"
+    found = []
+    for stem, copies in list(rows_of.items()):
+        pieces = [piece for piece in COPY_WORD.split(stem) if piece]
+        original = pieces[0] if pieces else ""
         while original and original not in rows_of:
             original = original.rpartition(" ")[0]  # without a number that was appended
-        rows = rows_of.get(original, [])
-        same_class = [other for other in rows if labels[other] == labels[row]]
-        for other in same_class or rows:
-            found.append((row, other))
+        if original in ("", stem):
+            continue
+        for row in copies:
+            same_class = [other for other in rows_of[original] if labels[other] == labels[row]]
+            for other in same_class or rows_of[original]:
+                found.append((row, other))
     return found
 
 
@@ -1177,12 +1152,11 @@ def split_by_group(
         label = np.bincount(labels[group]).argmax()  # of several labels the commonest, else first
         queues[label, "train" in published[group]].append(group)
     for (_, by_publisher), queue in queues.items():
-        left = queue
+        count = max(1, int(len(queue) * HELD_OUT + 0.5))
         for part in ("test", "val"):
-            if len(left) > 1 and not (by_publisher and part in published):
-                count = max(1, int(len(queue) * HELD_OUT + 0.5))
-                split[np.concatenate(left[:count])] = part
-                left = left[count:]
+            if len(queue) > 1 and not (by_publisher and part in published):
+                split[np.concatenate(queue[:count])] = part
+                queue = queue[count:]
     return split
 
 
@@ -1235,14 +1209,12 @@ def check_split(task: Task) -> None:
     Raises:
         UserError: one has not.
     """
-    published = (task.published != "").any()
-    fix = "try --resplit" if published else "add other patients, or take it out"
     for label, name in enumerate(task.classes):
         for part in ("train", "test"):
             if label not in task.labels[task.part(part)]:
                 n = len(np.unique(task.groups[task.labels == label]))
-                why = f"of its {n} group(s), patients or the like, none is in {part}"
-                raise UserError(f"class {name!r} of task {task.name}: {why}; {fix}")
+                why = f"of its {n} group(s) none is in {part}; add patients, or try --resplit"
+                raise UserError(f"class {name!r} of task {task.name}: {why}")
 
 
 def left_out(study: Study) -> np.ndarray:
@@ -1258,7 +1230,6 @@ def left_out(study: Study) -> np.ndarray:
     why = np.full(len(study.groups), "", object)
     for task in study.tasks.values():
         why[task.rows[task.part("dropped")]] = "dropped"
-    for task in study.tasks.values():
         held = task.groups[np.isin(task.split, ("val", "test"))]
         why[np.isin(study.groups, held)] = "held out"
     why[list(study.images.unreadable)] = "unreadable"
@@ -1279,7 +1250,7 @@ def was_seen(study: Study, seen: np.ndarray) -> np.ndarray:
     Returns:
         (n,) bool, True = it, or another of its group, was trained on.
     """
-    digests = {bytes(digest) for digest in np.ascontiguousarray(seen)}
+    digests = {bytes(digest) for digest in seen}
     same_pixels = np.array([bytes(digest) in digests for digest in study.images.hashes], bool)
     small = study.images.thumbnails
     same_pixels &= (small != small[:, :1, :1]).any(axis=(1, 2))  # black images are nobody's
@@ -1300,9 +1271,9 @@ def refuse_leak(study: Study, task: Task, seen: np.ndarray) -> None:
     rows = task.rows[task.part("test")]
     leaked = rows[was_seen(study, seen)[rows]]
     if len(leaked):
-        n, one = f"{len(leaked)} of the {len(rows)}", study.images.names[leaked[0]]
+        found = f"the encoder has seen {len(leaked)} of the {len(rows)} test images of {task.name}"
         fix = "pretrain with the same --data, --patient-pattern, --labels and --resplit"
-        raise UserError(f"the encoder has seen {n} test images of {task.name} ({one!r}, …); {fix}")
+        raise UserError(f"{found}, such as {study.images.names[leaked[0]]!r}; {fix}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1336,12 +1307,11 @@ PHANTOM_LESIONS = {
 
 def phantom_names() -> list[str]:
     """The names of all phantoms, such as tumor/glioma/p0012/2: task, class, patient, slice."""
-    names, patient = [], 0
-    for task, classes in KNOWN_TASKS.items():
-        for label in classes:
-            for _ in range(PHANTOM_PATIENTS):
-                names += [f"{task}/{label}/p{patient:04d}/{k}" for k in range(PHANTOM_SLICES)]
-                patient += 1
+    kinds = [f"{task}/{label}" for task, classes in KNOWN_TASKS.items() for label in classes]
+    names = []
+    for patient in range(len(kinds) * PHANTOM_PATIENTS):
+        kind = kinds[patient // PHANTOM_PATIENTS]
+        names += [f"{kind}/p{patient:04d}/{k}" for k in range(PHANTOM_SLICES)]
     return sorted(names)
 
 
@@ -1449,11 +1419,8 @@ def load(
             finds nobody.
         OSError: a folder or a file cannot be opened, or the cache not written.
     """
-    if root is None:
-        root_name, files, notices = "", phantom_names(), []
-    else:
-        root_name = root.resolve().name
-        files, notices = open_folder(root, labels)
+    root_name = root.resolve().name if root else ""
+    files, notices = open_folder(root, labels) if root else (phantom_names(), [])
     # From here on nothing reads the files again: names, thumbnails and hashes decide everything.
     images = load_images(root, files, image_size, cache, progress)
     names = images.names
@@ -1475,9 +1442,7 @@ def load(
     return study
 
 
-def load_files(
-    paths: Iterable[Path], image_size: int, cache: Path, progress: Callable[..., Iterable]
-) -> Images:
+def load_files(paths: list[Path], image_size: int, cache: Path, progress: Callable) -> Images:
     """Read files and folders that were typed for their images alone: no tasks, no groups.
 
     Raises:
@@ -1507,11 +1472,11 @@ def lesion_of(root: Path | None, name: str, size: int) -> np.ndarray:
     """
     white = np.uint8(255)  # what the image went through, resizing included, its lesion does too
     lesion = np.zeros((size, size), np.uint8)
-    volume = re.match(r"(.*\.nii(\.gz)?)/", name, re.IGNORECASE | re.DOTALL)
+    volume = VOLUME.match(name)
     if root is None:
         lesion = draw_phantom(name)[1] * white
-    elif volume and lesion_mask(root / volume[1]).is_file():
-        lesions, affine = read_nifti(lesion_mask(root / volume[1]))
+    elif volume and lesion_mask(root / volume[0]).is_file():
+        lesions, affine = read_nifti(lesion_mask(root / volume[0]))
         level = lesions[..., int(name.split("/")[-1])]
         lesion = axial((level > 0.5) * white, affine)
     return fit_square(lesion, size) > 127
