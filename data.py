@@ -46,7 +46,6 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -91,7 +90,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def write_atomically(path: Path) -> Iterator[BinaryIO]:
+def write_atomically(path: Path) -> Iterator[io.BufferedRandom]:
     """Open a file for writing such that a reader sees the old file or the new one, never half.
 
     Args:
@@ -147,7 +146,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 SCAN = re.compile(r"\.(png|jpe?g|bmp|gif|tiff?|webp|nii|nii\.gz|parquet)$", re.IGNORECASE)
 VOLUME = re.compile(r"(?is).*\.nii(\.gz)?(?=/|$)")  # in a path, the volume's part of it
-SHARD = re.compile(r"\.parquet$", re.IGNORECASE)
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # Pillow knows more; some start programs
 # Files and folders that mark something, and show nothing.
 MASK = re.compile(r"(?i)(?<![a-z])(masks?|(lesion|[ad])?seg(mentations?)?|roi|labels?)(?![a-z])")
@@ -172,12 +170,12 @@ def to_bytes(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     finite = np.isfinite(values)
     if not finite.any():
         raise ValueError("no pixel of it has a number")
-    low, high = (float(value) for value in np.percentile(values[finite], window))
+    low, high = np.percentile(values[finite], window).tolist()
     share = (np.where(finite, values, low) - low) / max(high - low, 1e-12)
     return (share.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def read_gray(source: str | Path | BinaryIO) -> np.ndarray:
+def read_gray(source: Path | io.BytesIO) -> np.ndarray:
     """Decode one image, of any mode Pillow reads, as gray bytes at its own size.
 
     The contents, not the ending, say how. Colour becomes luma (ITU-R 601), transparency becomes
@@ -393,7 +391,7 @@ def images_in(root: Path | None, file: str) -> Iterator[tuple[str, np.ndarray | 
     path = Path(root or "", file)
     if root is None:
         yield "", draw_phantom(file)[0]
-    elif SHARD.search(file):
+    elif file.lower().endswith(".parquet"):
         yield from shard_images(path)
     elif path.stat().st_size > MAX_BYTES or not path.is_file():  # reading a pipe would wait
         raise ValueError(f"it is no file of at most {MAX_BYTES:,} bytes")
@@ -565,9 +563,11 @@ def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     if real in above or (config in paths and b'"command"' in config.read_bytes()):
         return
     for path in paths:
-        if path.is_dir() and path.name[0] != "." and not MASK.fullmatch(path.name):
+        if path.name[0] == "." or MASK.fullmatch(path.name):
+            continue
+        if path.is_dir():
             yield from files_below(path, (*above, real))
-        elif path.name[0] != "." and not path.is_dir():
+        else:
             yield path
 
 
@@ -736,8 +736,9 @@ def read_folders(path: str, pattern: re.Pattern | None) -> tuple[tuple[str, ...]
 def holds_classes(folder: tuple[str, ...], tree: dict[tuple[str, ...], set[str]]) -> bool:
     """Whether the folders in a folder are classes, whatever folders they hold in turn.
 
-    They are if two of them are classes of one known task. They are, too, if none of the names here
-    is known, and different folders stand in them, such as batches: what is a task's would be alike.
+    Classes lie in it if two of its folders are classes of one known task. If no name here is known,
+    look one level deeper. Two tasks, or two folds of one, hold the same folders (their classes); two
+    classes hold different ones, such as batches.
 
     Args:
         folder: as `read_folders` gives it.
@@ -759,11 +760,12 @@ def holds_classes(folder: tuple[str, ...], tree: dict[tuple[str, ...], set[str]]
 def read_names(study: Study, root_name: str, pattern: re.Pattern | None) -> None:
     """Read the names of images as tasks, classes, published splits and patients.
 
-    An image's class is a folder of the innermost one that `holds_classes`, or else its last folder.
-    Two or more folders side by side are the classes of a task; a single one is unlabelled.
+    Of tumor/glioma/center2/3.png the class is glioma where glioma's siblings are classes, too: the
+    folder in the innermost one that `holds_classes`. Where none does, it is the last folder. Two or
+    more classes side by side are a task; a single one is unlabelled.
 
     Args:
-        study: its first arrays are filled.
+        study: task, label, published and patients are filled.
         root_name: the data folder's own name, for a task that is the data folder itself.
 
     Raises:
@@ -789,9 +791,7 @@ def read_names(study: Study, root_name: str, pattern: re.Pattern | None) -> None
     for home, rows_of in sorted(sources.items(), key=lambda source: (-len(source[1]), source[0])):
         if len(rows_of) > MANY and np.median([len(rows) for rows in rows_of.values()]) < SMALL:
             fix = "use --patient-pattern 'REGEX with (the patient)' or --labels table.csv"
-            raise UserError(
-                f"{min(rows_of)!r} and {len(rows_of) - 1} more look like patients; {fix}"
-            )
+            raise UserError(f"{min(rows_of)!r} and {len(rows_of) - 1} more: patients? Then {fix}")
         if len(rows_of) > 1:
             name = name_task(home or (root_name,), set(rows_of), taken)
             for class_, rows in rows_of.items():
@@ -892,9 +892,10 @@ def propose_pattern(names: list[str]) -> str:
 def exact_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosines of mean-free thumbnails (k, 32, 32) uint8, pair by pair: (k,) float64.
 
-    A mean is a sum / 1024, so all is whole numbers / 2^20 below 2^33: exact in float64, in whatever
-    order they are added, and every machine splits alike. A
-    thumbnail of one colour has the cosine 0 with everything: volumes end in black slices, which
+    A mean is a sum / 1024. So everything summed here is a whole number below 2^47, divided by 2^20:
+    exact in float64 and in any order, and every machine splits alike.
+
+    A thumbnail of one colour has the cosine 0 with everything: volumes end in black slices, which
     would chain all patients into one group.
 
     >>> flat, half = np.zeros((2, 1, 32, 32), np.uint8)
@@ -926,10 +927,10 @@ def near_duplicate_pairs(thumbnails: np.ndarray, threshold: float = NEAR_DUPLICA
     x = torch.from_numpy(thumbnails).float()  # (n, 32, 32)
     x -= x.mean(dim=(1, 2), keepdim=True)
     x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
-    # The left half, scaled, tells all of a part, because the right half repeats it up to the sign.
-    left, right = x[..., : THUMBNAIL // 2], x[..., THUMBNAIL // 2 :].flip(2)  # (n, 32, 16) each
-    even = (left + right).flatten(1) / 2**0.5  # (n, 512): half the work of two whole products
-    odd = (left - right).flatten(1) / 2**0.5
+    # The left half of a part, scaled, is enough: the right half repeats it up to the sign. So two
+    # products of (n, 512) do what two of (n, 1024) would, in half the time.
+    even = (x + x.flip(2))[..., : THUMBNAIL // 2].flatten(1) / 2**0.5  # (n, 512)
+    odd = (x - x.flip(2))[..., : THUMBNAIL // 2].flatten(1) / 2**0.5  # (n, 512)
     pairs = [np.zeros((0, 2), np.int64)]
     for start in range(0, len(thumbnails), BLOCK):
         cosines = (odd[start : start + BLOCK] @ odd[start:].T).abs_()  # (BLOCK, n - start)
@@ -943,10 +944,11 @@ def near_duplicate_pairs(thumbnails: np.ndarray, threshold: float = NEAR_DUPLICA
     return np.concatenate(pairs)
 
 
-def connected(n: int, pairs: Iterable[tuple[int, int]]) -> np.ndarray:
-    """Number the groups of n things that pairs join, by single linkage (union-find).
+def connected(n: int, pairs: list[tuple[int, int]]) -> np.ndarray:
+    """Number the groups of n things that pairs join, by single linkage.
 
-    Single linkage, because being the same person is transitive.
+    Single linkage, because being the same person is transitive. Each thing begins as a group of its
+    own, numbered by itself. As long as a pair has two numbers, both groups take the smaller one.
 
     Args:
         pairs: of positions in [0, n).
@@ -957,19 +959,14 @@ def connected(n: int, pairs: Iterable[tuple[int, int]]) -> np.ndarray:
     >>> connected(4, [(3, 1)]).tolist()
     [0, 1, 2, 1]
     """
-    parent = list(range(n))
-
-    def root(i: int) -> int:
-        """The first member of a group; the way there is halved for the next who asks."""
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for i, j in pairs:
-        i, j = root(i), root(j)
-        parent[max(i, j)] = min(i, j)
-    return np.unique([root(i) for i in range(n)], return_inverse=True)[1]
+    groups = np.arange(n)
+    a, b = np.array(pairs, np.int64).reshape(-1, 2).T
+    while (groups[a] != groups[b]).any():
+        smaller = np.minimum(groups[a], groups[b])
+        np.minimum.at(groups, groups[a], smaller)  # what a group is numbered by takes it first, ...
+        np.minimum.at(groups, groups[b], smaller)
+        groups = groups[groups]  # ... and tells all that are numbered by it
+    return np.unique(groups, return_inverse=True)[1]
 
 
 def near_duplicate_groups(thumbnails: np.ndarray, threshold: float = NEAR_DUPLICATE) -> np.ndarray:
@@ -1040,7 +1037,7 @@ def find_originals(names: list[str], labels: np.ndarray) -> list[tuple[int, int]
             stem = re.findall(r"[^\W_]+", Path(name).stem.lower())
             rows_of[" ".join(stem)].append(row)  # x_rot90 -> "x rot90"
     found = []
-    for stem, copies in list(rows_of.items()):
+    for stem, copies in rows_of.items():
         pieces = [piece for piece in COPY_WORD.split(stem) if piece]
         original = pieces[0] if pieces else ""
         while original and original not in rows_of:
