@@ -72,7 +72,7 @@ NEAR_EMPTY = 0.1  # a slice with less in it than this share of the fullest slice
 LESION_AREA = 7.0  # mm^2 in a slice: a disc of 3 mm, the least that counts as a lesion of MS
 
 # These weigh speed alone.
-CACHE_VERSION = 13  # raise it when reading or the phantoms change: old caches are left alone
+CACHE_VERSION = 14  # raise it when reading or the phantoms change: old caches are left alone
 FEW = 64  # so few files are decoded before other processes have started
 BLOCK = 256  # thumbnails compared with all others at once: 0.3 GB for 100,000
 
@@ -736,9 +736,9 @@ def read_folders(path: str, pattern: re.Pattern | None) -> tuple[tuple[str, ...]
 def holds_classes(folder: tuple[str, ...], tree: dict[tuple[str, ...], set[str]]) -> bool:
     """Whether the folders in a folder are classes, whatever folders they hold in turn.
 
-    Classes lie in it if two of its folders are classes of one known task. If no name here is known,
-    look one level deeper. Two tasks, or two folds of one, hold the same folders (their classes); two
-    classes hold different ones, such as batches.
+    They are, if two of them are classes of one known task. Where no name is known, the folders in
+    them decide: two folds of a task hold the same ones, its classes; two classes hold different
+    ones, such as batches.
 
     Args:
         folder: as `read_folders` gives it.

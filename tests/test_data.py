@@ -224,17 +224,17 @@ def test_a_slices_class_comes_from_the_mask_of_its_own_sequence_and_changes_with
     folder = tmp_path / "in" / "Patient-1"
     for name in ("1-Flair.nii", "1-T1.nii"):
         write_nifti(folder / name, volume(3), grid)
-    write_nifti(folder / "1-LesionSeg-Flair.nii.gz", lesions, grid)
+    write_nifti(folder / "1-LesionSeg-Flair.nii", lesions, grid)
     task = read(tmp_path / "in").tasks["ms"]
     assert task.classes == ("no-lesion", "lesion") and task.labels.sum() == 1
     lesions[5:15, 5:15, 4:] = 1
-    write_nifti(folder / "1-LesionSeg-Flair.nii.gz", lesions, grid)
+    write_nifti(folder / "1-LesionSeg-Flair.nii", lesions, grid)
     task = read(tmp_path / "in").tasks["ms"]
     assert len(task.labels) == 6 and task.labels.sum() == 3  # of T1 nothing is known
     grid[0, 3] = 3
-    write_nifti(folder / "1-LesionSeg-Flair.nii.gz", lesions, grid)
+    write_nifti(folder / "1-LesionSeg-Flair.nii", lesions, grid)
     (why,) = read(tmp_path / "in").images.unreadable.values()
-    assert "1-LesionSeg-Flair.nii.gz" in why
+    assert "1-LesionSeg-Flair.nii" in why
 
 
 def png(seed: int) -> bytes:
