@@ -771,7 +771,8 @@ def read_names(study: Study, root_name: str, pattern: re.Pattern | None) -> None
     Raises:
         UserError: what stands where classes are expected looks like patients.
     """
-    rows_in, tree = defaultdict(list), defaultdict(set)
+    rows_in = defaultdict(list)  # folders of an image -> rows
+    tree = defaultdict(set)  # folder -> names of the folders in it
     for row, name in enumerate(study.images.names):
         study.patients[row] = read_patient(name, pattern)
         folders, study.published[row] = read_folders(name, pattern)
@@ -790,8 +791,8 @@ def read_names(study: Study, root_name: str, pattern: re.Pattern | None) -> None
     # Then by name, so that the order of the files changes nothing.
     for home, rows_of in sorted(sources.items(), key=lambda source: (-len(source[1]), source[0])):
         if len(rows_of) > MANY and np.median([len(rows) for rows in rows_of.values()]) < SMALL:
-            fix = "use --patient-pattern 'REGEX with (the patient)' or --labels table.csv"
-            raise UserError(f"{min(rows_of)!r} and {len(rows_of) - 1} more: patients? Then {fix}")
+            which = f"{min(rows_of)!r} and {len(rows_of) - 1} more folders"
+            raise UserError(f"{which} look like patients; give --patient-pattern or --labels")
         if len(rows_of) > 1:
             name = name_task(home or (root_name,), set(rows_of), taken)
             for class_, rows in rows_of.items():
@@ -841,7 +842,8 @@ def read_table(path: Path, study: Study, root_name: str) -> None:
         if not {"path", "label"} <= columns:
             raise UserError(f"{path} has the columns {sorted(columns)}; it needs path and label")
         lines = {line["path"].removeprefix("./"): line for line in table}
-    names, split_of = study.images.names, {}
+    names = study.images.names
+    split_of = {}  # patient -> the split that the table gives him
     if not set(lines) & set(names):
         raise UserError(f"{path} has a row for none of {len(names)} images, such as {names[0]!r}")
     for row, name in enumerate(names):
@@ -855,8 +857,8 @@ def read_table(path: Path, study: Study, root_name: str) -> None:
             if split not in ("", "train", "val", "test", "dropped"):
                 raise UserError(f"{path}: {name!r} has the split {split!r}, not train, val or test")
             study.published[row] = split
-            sided = patient and split in ("train", "val", "test")
-            if sided and split_of.setdefault(patient, split) != split:
+            is_given = patient and split in ("train", "val", "test")
+            if is_given and split_of.setdefault(patient, split) != split:
                 splits = f"{split_of[patient]} and in {split}"
                 raise UserError(f"{path}: patient {patient!r} is in {splits}")
     for what, which in (
@@ -935,8 +937,8 @@ def near_duplicate_pairs(thumbnails: np.ndarray, threshold: float = NEAR_DUPLICA
     for start in range(0, len(thumbnails), BLOCK):
         cosines = (odd[start : start + BLOCK] @ odd[start:].T).abs_()  # (BLOCK, n - start)
         cosines += even[start : start + BLOCK] @ even[start:].T
-        near = (cosines > threshold - 1e-4).nonzero().numpy() + start  # float32 is exact to 1e-6
-        near = near[near[:, 0] < near[:, 1]]
+        likely = (cosines > threshold - 1e-4).triu(1)  # each pair once; float32 is exact to 1e-6
+        near = likely.nonzero().numpy() + start
         for chunk in np.array_split(near, len(near) // 4096 + 1):
             a, b = thumbnails[chunk[:, 0]], thumbnails[chunk[:, 1]]
             larger = np.maximum(exact_cosines(a, b), exact_cosines(a, b[:, :, ::-1]))
@@ -1074,7 +1076,8 @@ def group_images(study: Study) -> None:
     equal = (images.hashes[a] == images.hashes[b]).all(axis=1)
     counts = equal | (patients[a] == "") | (patients[b] == "")
     a, b = a[counts], b[counts]
-    joined, first = np.column_stack([a, b]).tolist(), {}
+    joined = np.column_stack([a, b]).tolist()
+    first = {}  # patient -> his first image
     for row, patient in enumerate(patients):
         if patient:
             joined.append((first.setdefault(patient, row), row))
