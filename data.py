@@ -273,8 +273,8 @@ def to_ras(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
     Nothing is resampled: each axis goes to the direction that is nearest to it. Of the six orders
     of three axes that one is taken whose cosines to the directions have the largest sum. (nibabel's
-    as_closest_canonical decides otherwise where it is close: 27 of 300 volumes turned at random, in
-    planes that no scanner takes.)
+    as_closest_canonical decides otherwise where it is close: for 27 of 300 volumes turned at
+    random. Scans are hardly ever that oblique.)
 
     Args:
         volume: (X, Y, Z), any type.
