@@ -522,6 +522,7 @@ For research, not for diagnosis.
 WIDTH = 900  # pixels of a figure; at two pixels a point, 450 points
 FONT = ImageFont.load_default(22)  # 11 points
 INK, MUTED, FAINT = "#1f2937", "#6b7280", "#d1d5db"
+BLUE = (96, 165, 250)  # of cells and bars; INK is readable on it
 # The dashed line of `chart` that curves are compared with.
 DASHES = [("", MUTED, 2, [(x, x), (x + 0.025, x + 0.025)]) for x in np.arange(0, 1, 0.05)]
 COLORS = "#1d4ed8 #c2410c #047857 #7e22ce #b91c1c #0e7490 #a16207 #be185d #4d7c0f #475569".split()
@@ -595,7 +596,7 @@ def confusion_figure(matrix: Sequence[Sequence[int]], classes: Sequence[str]) ->
     texts = []
     for t, p in np.ndindex(K, K):
         y = K - t - 0.5  # the first class stands on top
-        blue = tuple(int(255 - shares[t, p] * (255 - full)) for full in (96, 165, 250))
+        blue = tuple(int(255 - shares[t, p] * (255 - full)) for full in BLUE)
         lines.append(("", blue, 680 // K, [(p + 0.01, y), (p + 0.99, y)]))
         texts.append((p + 0.5, y, f"{counts[t, p]}\n{shares[t, p]:.0%}"))
     x_names = {k + 0.5: str(k + 1) for k in range(K)}
@@ -655,7 +656,7 @@ def curve_figure(title: str, records: list[dict], names: dict, chosen=None) -> I
     for color, (key, name) in zip(COLORS, names.items(), strict=False):
         points = [(r["epoch"], r[key]) for r in records if r.get(key) is not None]
         lines.append((name, color, 4, points))
-        dots += [(*point, color, 12) for point in points if point[0] == chosen]
+        dots += [(x, y, color, 12) for x, y in points if x == chosen or len(points) == 1]
     if chosen:
         lines.append(("dots: the chosen epoch", MUTED, 2, []))
     return chart(title, "epoch", "", lines, dots)
@@ -667,7 +668,7 @@ def leak_figure(meter: dict) -> Image.Image:
     for x, name in ((0.5, "by image"), (1.5, "by group"), (2.5, "commonest")):
         interval = meter["ci95"][name]
         x_names[x] = f"{name}\n{number(meter[name], interval)}"
-        lines.append(("", COLORS[0], 120, [(x, 0), (x, meter[name] or 0)]))
+        lines.append(("", BLUE, 120, [(x, 0), (x, meter[name] or 0)]))
         lines.append(interval_line(x, interval, INK))
     return chart("The nearest neighbour on 32x32 pixels", "", "accuracy", lines, x_names=x_names)
 
