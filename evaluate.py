@@ -108,9 +108,8 @@ def class_scores(labels: Array, probs: Array) -> dict[str, Array]:
 
     Higher is better; NaN is what these images cannot say, such as the recall of an absent class.
     """
-    K = probs.shape[1]
-    ranks = class_ranks(probs)  # (N, K)
-    C = confusion_matrix(labels, probs.argmax(axis=1), K)
+    C = confusion_matrix(labels, probs.argmax(axis=1), probs.shape[1])
+    areas = [auroc(ranks, labels == k) for k, ranks in enumerate(class_ranks(probs).T)]
     hits, support, predicted = np.diag(C), C.sum(axis=1), C.sum(axis=0)  # (K,) each
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
         return {
@@ -119,7 +118,7 @@ def class_scores(labels: Array, probs: Array) -> dict[str, Array]:
             "specificity": 1 - (predicted - hits) / (len(labels) - support),
             "precision": hits / predicted,
             "f1": 2 * hits / (support + predicted),
-            "auroc": np.array([auroc(ranks[:, k], labels == k) for k in range(K)]),
+            "auroc": np.array(areas),
         }
 
 
@@ -140,8 +139,7 @@ def scores(labels: Array, probs: Array, count_missing: Array | bool = True) -> d
         mean over the classes that have one (chance 0.5), NaN without any.
     """
     each = class_scores(labels, probs)
-    missing = np.isnan(each["f1"])  # (K,) bool
-    counted = ~missing | count_missing  # (K,) bool
+    counted = ~np.isnan(each["f1"]) | count_missing  # (K,) bool
     overall = {"accuracy": np.mean(probs.argmax(axis=1) == labels)}
     overall["balanced_accuracy"] = each["recall"][each["support"] > 0].mean()
     for name in ("precision", "recall", "f1"):
@@ -601,8 +599,7 @@ def confusion_figure(matrix: Sequence[Sequence[int]], classes: Sequence[str]) ->
         texts.append((p + 0.5, y, f"{counts[t, p]}\n{shares[t, p]:.0%}"))
     x_names = {k + 0.5: str(k + 1) for k in range(K)}
     y_names = {K - x: name for x, name in x_names.items()}
-    title = "Confusion matrix"
-    return chart(title, "predicted class", "true class", lines, (), texts, x_names, y_names)
+    return chart("Confusion", "predicted class", "true class", lines, (), texts, x_names, y_names)
 
 
 def roc_curve(ranks: Array, positive: Array) -> Array:
@@ -680,10 +677,9 @@ def leak_figure(meter: dict) -> Image.Image:
 
 def harmless(cell: object) -> object:
     """A cell of a table; ./ before a text that a spreadsheet would compute, such as =1+1.png."""
-    formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
-    if formula and not re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", cell):
-        return f"./{cell}"
-    return cell
+    if not isinstance(cell, str) or re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", cell):
+        return cell
+    return f"./{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def as_bytes(name: str, value: object) -> bytes:
@@ -797,6 +793,5 @@ def compare_files(fits: list[dict], test: TestSet, title: str, about: str) -> di
             lines.append(interval_line(place, row["ci95"]["accuracy"], COLORS[k]))
     few = FEW_GROUPS if len(np.unique(test.groups)) < 20 else ""
     text += f"{about} {few}\n\n![label_efficiency.png](label_efficiency.png)\n"
-    title = "What labels are worth"
-    figure = chart(title, "labelled training images", "accuracy", lines, dots, x_names=x_names)
+    figure = chart("Worth of labels", "labelled images", "accuracy", lines, dots, (), x_names)
     return {"table.csv": by_fit, "table.md": text, "label_efficiency.png": figure}
