@@ -793,5 +793,5 @@ def compare_files(fits: list[dict], test: TestSet, title: str, about: str) -> di
             lines.append(interval_line(place, row["ci95"]["accuracy"], COLORS[k]))
     few = FEW_GROUPS if len(np.unique(test.groups)) < 20 else ""
     text += f"{about} {few}\n\n![label_efficiency.png](label_efficiency.png)\n"
-    figure = chart("Worth of labels", "labelled images", "accuracy", lines, dots, (), x_names)
+    figure = chart("What labels are worth", "training images", "accuracy", lines, dots, (), x_names)
     return {"table.csv": by_fit, "table.md": text, "label_efficiency.png": figure}

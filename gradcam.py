@@ -368,9 +368,9 @@ def explain(
 
 CAUTION = """For research, not for diagnosis. Yellow areas raised one class's score most; a red line
 is a known lesion. Yellow need not be diseased, and the answer can be wrong wherever it lies."""
-READING = """Deletion, the confidence left while a map's hottest areas are taken away: lower is better.
+READING = """Deletion, the confidence left as a map's hottest areas are taken away: lower is better.
 Inside foreground, pointing (at the lesion) and enrichment: higher is better. "By" untrained,
-brightness or random is what a map is compared with; "minus" is the difference. The rest describes."""
+brightness or random is what a map is compared with, "minus" the difference. The rest describes."""
 STYLE = """body { font: 16px/1.5 system-ui; max-width: 60rem; margin: auto; padding: 1rem }
 figure { margin: 3rem 0; overflow-wrap: anywhere } figcaption { font-weight: 600 }
 .wrong, .caution { color: #b91c1c } pre { overflow-x: auto } img + img { object-position: right }
