@@ -550,8 +550,10 @@ def chart(title, x_label, y_label, lines, dots=(), texts=(), x_names=None, y_nam
         texts: (x, y, text), centered.
         x_names, y_names: {place: name} beside an axis; None = five numbers.
     """
-    points = [point for line in lines for point in line[3]] + [dot[:2] for dot in dots]
-    x_max, y_max = np.ceil(np.max([(1, 1), *points], axis=0))
+    spots = [(1, 1), *(dot[:2] for dot in dots)]
+    for _, _, _, points in lines:
+        spots.extend(points)
+    x_max, y_max = np.ceil(np.max(spots, axis=0))
 
     def spot(x: float, y: float) -> tuple[float, float]:
         """Where a point lies on the page, in pixels; there y runs down."""

@@ -133,9 +133,9 @@ def new_head(head_type: str, in_features: int, num_classes: int, seed: int) -> n
 # ---------------------------------------------------------------------------------------------
 
 
-def normalised(squares: np.ndarray, scaling: dict, device: Device) -> Tensor:
+def normalised(images: np.ndarray, scaling: dict, device: Device) -> Tensor:
     """Images (N, S, S) uint8 as an encoder takes them: (N, 1, S, S) float32, not augmented."""
-    x = torch.from_numpy(np.array(squares))[:, None].to(device) / 255  # in [0, 1]
+    x = torch.from_numpy(np.array(images))[:, None].to(device) / 255  # in [0, 1]
     return (x - scaling["mean"]) / scaling["std"]
 
 
