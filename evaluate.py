@@ -43,7 +43,8 @@ SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "auroc")  # those with in
 RESAMPLES = 2000  # the ends of an interval then move by 1 to 3 % of its width between seeds
 ECE_BINS = 15  # of Guo et al.
 MIN_VAL = 200  # images that a temperature is fitted on (matters, see "Departures")
-NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07  # of Wu et al. 200 and 0.07, see "Departures"
+NEIGHBOURS = 20  # of Wu et al. 200, see "Departures"
+KNN_TEMPERATURE = 0.07  # of Wu et al.
 LEAK_QUERIES = 10_000  # of the leak meter; more would move it by less than .01
 BLOCK = 5_000_000  # cosines at once: 20 MB in float32
 TINY = np.finfo(np.float64).tiny  # in place of 0, which has no logarithm
@@ -107,8 +108,8 @@ def class_scores(labels: Array, probs: Array) -> dict[str, Array]:
 
     Higher is better; NaN is what these images cannot say, such as the recall of an absent class.
     """
-    K, ranks = probs.shape[1], class_ranks(probs)
-    C = confusion_matrix(labels, probs.argmax(axis=1), K)
+    C = confusion_matrix(labels, probs.argmax(axis=1), probs.shape[1])
+    areas = [auroc(ranks, labels == k) for k, ranks in enumerate(class_ranks(probs).T)]
     hits, support, predicted = np.diag(C), C.sum(axis=1), C.sum(axis=0)  # (K,) each
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
         return {
@@ -117,19 +118,20 @@ def class_scores(labels: Array, probs: Array) -> dict[str, Array]:
             "specificity": 1 - (predicted - hits) / (len(labels) - support),
             "precision": hits / predicted,
             "f1": 2 * hits / (support + predicted),
-            "auroc": np.array([auroc(ranks[:, k], labels == k) for k in range(K)]),
+            "auroc": np.array(areas),
         }
 
 
-def scores(labels: Array, probs: Array, absent: Array | bool = True) -> dict[str, float]:
+def scores(labels: Array, probs: Array, count_missing: Array | bool = True) -> dict[str, float]:
     """The scores of some images, over all classes; higher is better.
 
     Args:
         labels: (N,) int64 in [0, K), N >= 1.
         probs: (N, K) rows sum to 1.
-        absent: (K,) bool, True = a class that here nobody has or is predicted counts as 0 in the
-            macro averages. That is so for a whole test set. A class that only a resample has
-            missed is left out: as 0 it would pull the interval down.
+        count_missing: (K,) bool or one for all. A class is missing if no image has it or is
+            predicted it. True = in the macro averages it then counts as 0, as in a whole test set.
+            False = it is left out: if a resample alone has missed it, a 0 would pull an interval
+            down.
 
     Returns:
         accuracy; balanced_accuracy, the mean recall of the classes that have images (chance 1/K);
@@ -137,7 +139,7 @@ def scores(labels: Array, probs: Array, absent: Array | bool = True) -> dict[str
         mean over the classes that have one (chance 0.5), NaN without any.
     """
     each = class_scores(labels, probs)
-    counted = ~np.isnan(each["f1"]) | absent  # (K,) bool
+    counted = ~np.isnan(each["f1"]) | count_missing  # (K,) bool
     overall = {"accuracy": np.mean(probs.argmax(axis=1) == labels)}
     overall["balanced_accuracy"] = each["recall"][each["support"] > 0].mean()
     for name in ("precision", "recall", "f1"):
@@ -187,11 +189,11 @@ def group_bootstrap(labels: Array, probs: Array, groups: Array) -> dict[str, lis
         labels, probs: as in `scores`.
         groups: (N,) int, what is independent: the patient. Of a single one all are None.
     """
-    absent = ~np.isin(np.arange(probs.shape[1]), np.append(labels, probs.argmax(axis=1)))  # (K,)
-    drawn = [scores(labels[rows], probs[rows], absent) for rows in resamples(groups)]
+    missing = np.isnan(class_scores(labels, probs)["f1"])  # (K,) bool, in all images
+    drawn = [scores(labels[rows], probs[rows], missing) for rows in resamples(groups)]
     intervals = {}
     for name in SCORES:
-        intervals[name] = percentile_interval([one[name] for one in drawn])
+        intervals[name] = percentile_interval([resample[name] for resample in drawn])
     return intervals
 
 
@@ -257,9 +259,9 @@ def fit_temperature(labels: Array, probs: Array) -> float:
 # ---------------------------------------------------------------------------------------------
 
 
-def plain(value: np.generic) -> float | None:
-    """A number that JSON can hold: NaN (nothing to score) becomes None."""
-    return None if np.isnan(value) else value.item()
+def plain(values: dict[str, np.generic]) -> dict[str, float | None]:
+    """Numbers that JSON can hold: NaN (nothing to score) becomes None."""
+    return {name: None if np.isnan(value) else value.item() for name, value in values.items()}
 
 
 def classification_metrics(labels: Array, probs: Array, classes=None, groups=None) -> dict:
@@ -285,16 +287,16 @@ def classification_metrics(labels: Array, probs: Array, classes=None, groups=Non
     fits = probs.ndim == 2 and labels.shape == probs.shape[:1] and len(labels) > 0
     if not fits or probs.min() < 0 or not np.allclose(probs.sum(axis=1), 1, atol=1e-3):
         raise ValueError(f"expected probs (N, K), rows sum to 1; got {labels.shape}, {probs.shape}")
-    each, K = class_scores(labels, probs), probs.shape[1]
-    metrics = {"n": len(labels), "majority_accuracy": plain(each["support"].max() / len(labels))}
-    for name, value in scores(labels, probs).items():
-        metrics[name] = plain(value)
+    preds = probs.argmax(axis=1)  # (N,)
+    metrics = {"n": len(labels), "majority_accuracy": np.bincount(labels).max() / len(labels)}
+    metrics |= plain(scores(labels, probs))
     metrics["ece"] = calibration_error(labels, probs)
     metrics["nll"] = negative_log_likelihood(labels, probs)
-    metrics["confusion_matrix"] = confusion_matrix(labels, probs.argmax(axis=1), K).tolist()
+    metrics["confusion_matrix"] = confusion_matrix(labels, preds, probs.shape[1]).tolist()
     metrics["per_class"] = {}
-    for k, name in enumerate(classes or range(K)):
-        metrics["per_class"][str(name)] = {key: plain(values[k]) for key, values in each.items()}
+    each = class_scores(labels, probs)
+    for k, name in enumerate(classes or range(probs.shape[1])):
+        metrics["per_class"][str(name)] = plain({key: values[k] for key, values in each.items()})
     if groups is not None:
         metrics["n_groups"] = len(np.unique(groups))
         metrics["ci95"] = group_bootstrap(labels, probs, groups)
@@ -309,8 +311,9 @@ def group_answers(labels: Array, probs: Array, groups: Array) -> tuple[Array, Ar
         have no answer: a patient with multiple sclerosis has slices with and without a lesion.
     """
     _, member, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    images, means = np.zeros((2, len(sizes), probs.shape[1]))  # (G, K) each
+    images = np.zeros((len(sizes), probs.shape[1]))  # (G, K)
     np.add.at(images, (member, labels), 1)  # how many images of a group have which label
+    means = np.zeros_like(images)  # (G, K)
     np.add.at(means, member, probs / sizes[member, None])
     agreed = np.count_nonzero(images, axis=1) == 1  # (G,) bool, True = one label
     return images[agreed].argmax(axis=1), means[agreed]
@@ -369,7 +372,8 @@ def nearest_neighbours(train: Array, labels: Array, queries: Array, num_classes:
         (m, K) shares of the vote, rows sum to 1.
     """
     train, queries = unit_rows(train), unit_rows(queries)
-    votes, k = np.zeros((len(queries), num_classes)), min(NEIGHBOURS, len(train))
+    k = min(NEIGHBOURS, len(train))
+    votes = np.zeros((len(queries), num_classes))
     for rows in np.array_split(np.arange(len(queries)), 1 + len(queries) * len(train) // BLOCK):
         cosine = queries[rows] @ train.T  # (block, n)
         nearest = np.argpartition(-cosine, k - 1, axis=1)[:, :k]  # (block, k)
@@ -401,14 +405,13 @@ def leak_meter(thumbnails: Array, labels: Array, groups: Array) -> dict:
     queries = np.random.default_rng(0).permutation(N)[:LEAK_QUERIES]
     meter = {"commonest": np.bincount(labels).max() / N, "ci95": {"commonest": None}}
     for name, own in {"by image": np.arange(N), "by group": groups}.items():
-        correct = np.full(N, np.nan)
+        correct = []
         for rows in np.array_split(queries, 1 + len(queries) * N // BLOCK):
-            others = own[rows, None] != own  # (block, N) bool, True = may answer
-            nearest = np.where(others, pixels[rows] @ pixels.T, -np.inf).argmax(axis=1)
-            correct[rows] = np.where(others.any(axis=1), labels[nearest] == labels[rows], np.nan)
-        scored = ~np.isnan(correct)
-        meter[name] = correct[scored].mean() if scored.any() else None
-        meter["ci95"][name] = mean_interval(correct[scored], groups[scored])
+            cosine = pixels[rows] @ pixels.T  # (block, N)
+            cosine[own[rows, None] == own] = -np.inf  # these may not answer
+            correct.extend(labels[cosine.argmax(axis=1)] == labels[rows])
+        meter[name] = np.mean(correct) if len(np.unique(own)) > 1 else None  # nobody else
+        meter["ci95"][name] = mean_interval(np.array(correct), groups[queries])
     return meter
 
 
@@ -431,22 +434,40 @@ def number(value: float | None, interval: list[float] | None = None) -> str:
     return "n/a" if value is None else f"{value:.3f}{ends}"
 
 
-def score_table(what: str, results: dict[str, dict], columns: Sequence[str]) -> str:
-    """A markdown table that is aligned on a terminal, too.
+def table(rows: list[list[str]]) -> str:
+    """A markdown table that is aligned on a terminal, too: the first column left, others right.
 
     Args:
-        what: title of the first column, the names of the rows.
+        rows: cells as they are printed; the first row holds the headings.
+
+    >>> print(table([["split", "images"], ["train", "1,200"]]))
+    | split | images |
+    | ----- | -----: |
+    | train |  1,200 |
+    """
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for first, *others in [rows[0], rule, *rows[1:]]:
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def score_table(what: str, results: dict[str, dict], columns: Sequence[str]) -> str:
+    """Scores with their intervals, as `table` prints them.
+
+    Args:
+        what: heading of the first column, the names of the rows.
         results: the scores of each row and, where there are any, their "ci95".
         columns: keys of the scores.
     """
-    titles = [key.replace("_", " ").replace("recall", "sensitivity") for key in columns]
-    rows = [[what, *titles], ["---" for _ in [what, *titles]]]
+    headings = [key.replace("_", " ").replace("recall", "sensitivity") for key in columns]
+    rows = [[what, *headings]]
     for name, row in results.items():
         intervals = row.get("ci95", {})
         rows.append([markdown(name), *(number(row[key], intervals.get(key)) for key in columns)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(map(str.ljust, row, widths)) for row in rows]
-    return "| " + " |\n| ".join(lines) + " |"
+    return table(rows)
 
 
 def report(title: str, results: dict, val_size: int | None, notes: dict, figures: list) -> str:
@@ -462,14 +483,9 @@ def report(title: str, results: dict, val_size: int | None, notes: dict, figures
     metrics = next(iter(results.values()))
     patients = {name: row["per_group"] for name, row in results.items() if row["per_group"]}
     classes = {f"{name} ({row['support']})": row for name, row in metrics["per_class"].items()}
-    split = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in notes.items())
+    reasons = [f"{n:,} {key[8:]}" for key, n in notes.items() if key.startswith("dropped_")]
     no_val = "No image was in val: nothing has chosen the epoch. " if val_size == 0 else ""
     few = FEW_GROUPS if metrics["n_groups"] < 20 else ""
-    scaled = (
-        f"{metrics['ece_scaled']:.3f} after temperature scaling by {metrics['temperature']:.2f}"
-    )
-    if metrics["temperature"] == 1:
-        scaled = "it is not scaled, for want of 200 val images"
     return f"""# {markdown(title)}
 
 {metrics["n"]:,} test images of {metrics["n_groups"]:,} groups; 95 % intervals by resampling groups.
@@ -480,15 +496,17 @@ Always answering the commonest class would score an accuracy of {metrics["majori
 By patient, or by group where the patient is unknown: the mean probability of a group's images,
 where they share one label.
 
-{score_table("per patient", patients, SCORES)}
+{score_table("per patient or group", patients, SCORES)}
 
 {score_table("class (test images)", classes, ["recall", "specificity", "precision", "f1", "auroc"])}
 
-Confidence is {metrics["ece"]:.3f} away from accuracy on average; {scaled}.
+Confidence is {metrics["ece"]:.3f} away from accuracy on average, and {metrics["ece_scaled"]:.3f}
+after temperature scaling by {metrics["temperature"]:.2f} (1 = not scaled, below 200 val images).
 
 {" ".join(f"![{name}]({name})" for name in figures)}
 
-Held out and dropped: {markdown(split)}.
+The test images were held out by this rule: {markdown(notes["rule"])}. Of the task's images
+{notes["dropped"]:,} were dropped, among them {" and ".join(reasons).replace("_", " ")}.
 
 For research, not for diagnosis.
 {no_val}{few}
@@ -499,115 +517,112 @@ For research, not for diagnosis.
 # Figures
 # ---------------------------------------------------------------------------------------------
 
-WIDTH, TEXT = 900, 22  # pixels; at two pixels a point, 450 and 11 points
-INK, MUTED, FAINT, PAPER = "#1f2937", "#6b7280", "#d1d5db", "#ffffff"
+WIDTH = 900  # pixels of a figure; at two pixels a point, 450 points
+FONT = ImageFont.load_default(22)  # 11 points
+INK, MUTED, FAINT = "#1f2937", "#6b7280", "#d1d5db"
+BLUE = (96, 165, 250)  # of cells and bars; INK is readable on it
+# The dashed line of `chart` that curves are compared with.
+DASHES = [("", MUTED, 2, [(x, x), (x + 0.025, x + 0.025)]) for x in np.arange(0, 1, 0.05)]
 COLORS = "#1d4ed8 #c2410c #047857 #7e22ce #b91c1c #0e7490 #a16207 #be185d #4d7c0f #475569".split()
-DASHES = [("", points, MUTED, 2) for points in np.linspace((0, 0), (1, 1), 42).reshape(21, 2, 2)]
 
 
-def drawable(name: str, columns: int = 30) -> str:
-    """A name in letters that Pillow's own font has, at most `columns` to a line.
+def drawable(name: str) -> str:
+    """A name in letters that Pillow's own font has.
 
     Accents are taken off, and what is no letter of ours then is escaped: 脑 becomes \\u8111.
     """
     letters = [c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c)]
-    return textwrap.fill("".join(letters).encode("unicode_escape").decode(), columns)
+    return "".join(letters).encode("unicode_escape").decode()
 
 
-def write(draw: ImageDraw.ImageDraw, at, text: str, color=INK, anchor="la", size=TEXT) -> None:
-    """Set text at (x, y).
+def five_numbers(end: float) -> dict[float, str]:
+    """What stands beside an axis from 0 to its end."""
+    return {place: f"{place:.3g}" for place in np.linspace(0, end, 5)}
+
+
+def chart(title, x_label, y_label, lines, dots=(), texts=(), x_names=None, y_names=None):
+    """Draw between two axes, which begin at 0 and end at 1 or above; the legend stands below.
 
     Args:
-        anchor: which point of the text that is, in Pillow's letters: l, m or r, then a, m or s.
+        lines: (name, color, width in pixels, points); a wide one is a bar, one without points
+            stands in the legend alone, and one whose name is '' does not.
+        dots: (x, y, color, radius in pixels).
+        texts: (x, y, text), centered.
+        x_names, y_names: {place: name} beside an axis; None = five numbers.
     """
-    align = {"l": "left", "m": "center", "r": "right"}[anchor[0]]
-    draw.text(at, text, color, ImageFont.load_default(size), anchor, align=align)
+    spots = [(1, 1), *(dot[:2] for dot in dots)]
+    for _, _, _, points in lines:
+        spots.extend(points)
+    x_max, y_max = np.ceil(np.max(spots, axis=0))
+
+    def spot(x: float, y: float) -> tuple[float, float]:
+        """Where a point lies on the page, in pixels; there y runs down."""
+        return 110 + 750 * x / x_max, 810 - 690 * y / y_max
+
+    page = Image.new("RGB", (WIDTH, 4000), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((40, 28), drawable(title), INK, FONT)
+    draw.text((110, 76), y_label, MUTED, FONT)
+    draw.text((860, 880), x_label, MUTED, FONT, "ra")
+    for y, name in (y_names or five_numbers(y_max)).items():
+        draw.line([spot(0, y), spot(x_max, y)], FAINT, 2)
+        draw.text(spot(-0.02 * x_max, y), name, MUTED, FONT, "rm")
+    for x, name in (x_names or five_numbers(x_max)).items():
+        draw.text(spot(x, -0.02 * y_max), name, MUTED, FONT, "ma", align="center")
+    bottom = 930  # of what is drawn so far
+    for name, color, width, points in lines:
+        draw.line([spot(x, y) for x, y in points], color, width, "curve")
+        for row in textwrap.wrap(drawable(name), 60):
+            draw.text((110, bottom), row, color, FONT)
+            bottom += 30
+    for x, y, color, radius in dots:
+        left, top = np.subtract(spot(x, y), radius)
+        draw.ellipse((left, top, left + 2 * radius, top + 2 * radius), color, "white")
+    for x, y, text in texts:
+        draw.text(spot(x, y), text, INK, FONT, "mm", align="center")
+    return page.crop((0, 0, WIDTH, bottom + 20))
 
 
-def canvas(width: float, height: float, title: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """A white page with its title."""
-    image = Image.new("RGB", (int(width), int(height)), PAPER)
-    write(ImageDraw.Draw(image), (40, 28), drawable(title, 200), size=30)
-    return image, ImageDraw.Draw(image)
+def interval_line(x: float, interval: list[float] | None, color: str) -> tuple:
+    """An upright line from end to end of an interval, as `chart` takes it."""
+    return "", color, 4, [(x, end) for end in interval or []]
 
 
 def confusion_figure(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Image.Image:
-    """confusion.png: counts, and each row's shares as the depth of the blue.
-
-    A column that is narrower than the names has the number that its class has in the rows.
-    """
-    counts, K = np.array(matrix), len(classes)
+    """confusion.png: counts, and each row's shares as the depth of the blue."""
+    K, counts = len(classes), np.array(matrix)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # (K, K), rows sum to 1
-    names = [f"{k}  {drawable(name)}" for k, name in enumerate(classes, 1)]
-    left = 70 + max(map(ImageFont.load_default(TEXT).getlength, "\n".join(names).splitlines()))
-    wide = max(76, (WIDTH - 30 - left) / K)
-    tall = max(76, *(30 * len(name.splitlines()) for name in names))
-    image, draw = canvas(left + wide * K + 30, 190 + tall * K, "Confusion matrix")
-    write(draw, (left + wide * K, 86), "predicted class (rows: true class)", MUTED, "ra")
-    for k, name in enumerate(names):
-        write(draw, (left - 16, 160 + tall * (k + 0.5)), name, anchor="rm")
-        column = name if left < wide + 70 else str(k + 1)
-        write(draw, (left + wide * (k + 0.5), 138), column, anchor="mm")
+    lines = [(f"{k}: {name}", INK, 0, []) for k, name in enumerate(classes, 1)]
+    texts = []
     for t, p in np.ndindex(K, K):
-        x, y = left + wide * p, 160 + tall * t
-        blue = tuple(int(255 - shares[t, p] * (255 - full)) for full in (96, 165, 250))
-        draw.rectangle((x, y, x + wide - 4, y + tall - 4), blue)
-        middle = (x + wide / 2, y + tall / 2)
-        write(draw, middle, f"{counts[t, p]}\n{shares[t, p]:.0%}", anchor="mm")
-    return image
-
-
-def chart(title: str, marks: list[tuple], x_label: str, y_label: str, x_names=None) -> Image.Image:
-    """Draw marks between two axes, with a legend above them.
-
-    Args:
-        marks: (name in the legend or '', points, color, size): a line through the points, `size`
-            wide; of one point, a dot of that radius. A wide line from 0 is a bar.
-        x_names: {x: name}, in place of numbers on the x axis.
-    """
-    points = np.concatenate([np.reshape(values, (-1, 2)) for _, values, _, _ in marks])
-    low, high = np.floor(points.min(axis=0, initial=0)), np.ceil(points.max(axis=0, initial=1))
-    image, draw = canvas(WIDTH, 4000, title)
-    top = 84
-    for name, _, color, _ in marks:
-        write(draw, (110, top), drawable(name, 60), color)
-        top += 30 * len(drawable(name, 60).splitlines())
-    write(draw, (110, top + 10), y_label, MUTED)
-    corner, size = np.array((110, top + 580)), np.array((750, -530))  # y runs down on the page
-    for y in np.linspace(low[1], high[1], 5):
-        spot = corner + (0, (y - low[1]) / (high[1] - low[1]) * size[1])
-        draw.line((*spot, spot[0] + size[0], spot[1]), FAINT, 2)
-        write(draw, spot - (14, 0), f"{y:.3g}", MUTED, "rm")
-    for x, name in (x_names or {x: f"{x:.3g}" for x in np.linspace(low[0], high[0], 5)}).items():
-        spot = corner + ((x - low[0]) / (high[0] - low[0]) * size[0], 14)
-        write(draw, spot, name, MUTED, "ma")
-    write(draw, corner + (750, 80), x_label, MUTED, "ra")
-    for _, values, color, width in marks:
-        spots = corner + (np.reshape(values, (-1, 2)) - low) / (high - low) * size  # (m, 2) pixels
-        if len(spots) == 1:
-            draw.ellipse((*(spots[0] - width), *(spots[0] + width)), color, PAPER)
-        elif len(spots):
-            draw.line([tuple(spot) for spot in spots], color, width, joint="curve")
-    return image.crop((0, 0, WIDTH, int(corner[1]) + 124))
+        y = K - t - 0.5  # the first class stands on top
+        blue = tuple(int(255 - shares[t, p] * (255 - full)) for full in BLUE)
+        lines.append(("", blue, 680 // K, [(p + 0.01, y), (p + 0.99, y)]))
+        texts.append((p + 0.5, y, f"{counts[t, p]}\n{shares[t, p]:.0%}"))
+    x_names = {k + 0.5: str(k + 1) for k in range(K)}
+    y_names = {K - x: name for x, name in x_names.items()}
+    return chart("Confusion", "predicted class", "true class", lines, (), texts, x_names, y_names)
 
 
 def roc_curve(ranks: Array, positive: Array) -> Array:
     """The curve whose area is the AUROC: (m, 2), 1 - specificity and sensitivity by threshold."""
-    thresholds, shares = np.append(np.unique(ranks), np.inf), []
-    for side in (ranks[~positive], ranks[positive]):
-        shares.append(1 - np.searchsorted(np.sort(side), thresholds) / len(side))
-    return np.column_stack(shares)
+    thresholds = np.append(np.unique(ranks), np.inf)  # (m,)
+    below = np.searchsorted(np.sort(ranks[~positive]), thresholds) / np.sum(~positive)
+    missed = np.searchsorted(np.sort(ranks[positive]), thresholds) / np.sum(positive)
+    return np.column_stack([1 - below, 1 - missed])
 
 
 def roc_figure(test: TestSet, probs: Array) -> Image.Image:
     """roc.png: each class against the others; of two classes one curve says all."""
-    marks, ranks = [("dashed: chance", [], MUTED, 2), *DASHES], class_ranks(probs)
-    for k in range(1 if len(test.classes) == 2 else 0, len(test.classes)):
-        positive = test.labels == k
-        if 0 < positive.sum() < len(positive):
-            name = f"{test.classes[k]}: AUROC {auroc(ranks[:, k], positive):.3f}"
-            marks.append((name, roc_curve(ranks[:, k], positive), COLORS[k % len(COLORS)], 4))
-    return chart("ROC, each class against the others", marks, "1 - specificity", "sensitivity")
+    ranks = class_ranks(probs)  # (N, K)
+    lines = [("dashed: chance", MUTED, 2, []), *DASHES]
+    for k, name in enumerate(test.classes):
+        positive = test.labels == k  # (N,) bool
+        area = auroc(ranks[:, k], positive)  # NaN = not to be scored
+        if not np.isnan(area) and (k or len(test.classes) > 2):
+            curve = roc_curve(ranks[:, k], positive)
+            lines.append((f"{name}: AUROC {area:.3f}", COLORS[k % len(COLORS)], 4, curve))
+    return chart("ROC, each class against the others", "1 - specificity", "sensitivity", lines)
 
 
 def reliability_figure(labels: Array, answers: dict[str, Array]) -> Image.Image:
@@ -616,16 +631,16 @@ def reliability_figure(labels: Array, answers: dict[str, Array]) -> Image.Image:
     Args:
         answers: (N, K) probabilities by name, such as before and after temperature scaling.
     """
-    marks = [("dashed: as accurate as confident", [], MUTED, 2), *DASHES]
+    dots = []
+    lines = [("dashed: as accurate as confident", MUTED, 2, []), *DASHES]
     for color, (name, probs) in zip(COLORS, answers.items(), strict=False):
         error = calibration_error(labels, probs)
-        marks.append((f"{name}: calibration error {error:.3f}", [], color, 2))
+        lines.append((f"{name}: calibration error {error:.3f}", color, 2, []))
         for count, confidence, accuracy in zip(*reliability(labels, probs), strict=True):
             if count:
                 radius = 4 + 40 * np.sqrt(count / len(labels))
-                shade = color if count >= 10 else FAINT
-                marks.append(("", [(confidence, accuracy)], shade, radius))
-    return chart("Is it as accurate as it is confident?", marks, "confidence", "accuracy")
+                dots.append((confidence, accuracy, color if count >= 10 else FAINT, radius))
+    return chart("As accurate as confident?", "confidence", "accuracy", lines, dots)
 
 
 def curve_figure(title: str, records: list[dict], names: dict, chosen=None) -> Image.Image:
@@ -633,26 +648,28 @@ def curve_figure(title: str, records: list[dict], names: dict, chosen=None) -> I
 
     Args:
         records: a dict for each epoch, with "epoch"; what one lacks, or is None, is not drawn.
-        names: {key of a record: its name in the legend}.
+        names: {key of a record: its name in the legend}; values are 0 or above.
         chosen: the epoch whose network was kept, marked by dots.
     """
-    marks = [("dots: the chosen epoch" if chosen else "", [], MUTED, 0)]
+    lines, dots = [], []
     for color, (key, name) in zip(COLORS, names.items(), strict=False):
         points = [(r["epoch"], r[key]) for r in records if r.get(key) is not None]
-        marks.append((name, points, color, 4))
-        marks.append(("", [point for point in points if point[0] == chosen], color, 12))
-    epochs = np.linspace(1, len(records), 5).round()
-    return chart(title, marks, "epoch", "", {epoch: f"{epoch:.0f}" for epoch in epochs})
+        lines.append((name, color, 4, points))
+        dots += [(x, y, color, 12) for x, y in points if x == chosen or len(points) == 1]
+    if chosen:
+        lines.append(("dots: the chosen epoch", MUTED, 2, []))
+    return chart(title, "epoch", "", lines, dots)
 
 
 def leak_figure(meter: dict) -> Image.Image:
     """leak.png: a bar for each row of the leak meter, with its interval."""
-    marks, names = [], {}
-    for x, name in zip((0.5, 1.5, 2.5), ("by image", "by group", "commonest"), strict=True):
-        names[x] = f"{name}\n{number(meter[name], meter['ci95'][name])}"
-        marks.append(("", [(x, 0), (x, meter[name] or 0)], COLORS[int(x)], 120))
-        marks.append(("", [(x, end) for end in meter["ci95"][name] or []], INK, 4))
-    return chart("The nearest neighbour on 32x32 pixels", marks, "", "accuracy", names)
+    lines, x_names = [], {}
+    for x, name in ((0.5, "by image"), (1.5, "by group"), (2.5, "commonest")):
+        interval = meter["ci95"][name]
+        x_names[x] = f"{name}\n{number(meter[name], interval)}"
+        lines.append(("", BLUE, 120, [(x, 0), (x, meter[name] or 0)]))
+        lines.append(interval_line(x, interval, INK))
+    return chart("The nearest neighbour on 32x32 pixels", "", "accuracy", lines, x_names=x_names)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -674,19 +691,21 @@ def as_bytes(name: str, value: object) -> bytes:
         name: its ending says what `value` is: .png an image, .npz arrays by name, .csv rows, .jsonl
             records, .json a plain value; a text else.
     """
-    file, text = io.BytesIO(), io.StringIO()
+    file = io.BytesIO()
+    text = io.StringIO()  # one of the two stays empty
     if name.endswith(".png"):
         value.save(file, "PNG")
     elif name.endswith(".npz"):
         np.savez(file, **value)
     elif name.endswith(".csv"):  # every text quoted, or a carriage return would end its row
-        table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-        for row in value:
-            table.writerow([harmless(cell) for cell in row])
+        writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+        writer.writerows(map(harmless, row) for row in value)
     elif name.endswith(".jsonl"):
         text.writelines(json.dumps(record) + "\n" for record in value)
+    elif name.endswith(".json"):
+        text.write(json.dumps(value, indent=2) + "\n")
     else:
-        text.write(json.dumps(value, indent=2) + "\n" if name.endswith(".json") else value)
+        text.write(value)
     return file.getvalue() + text.getvalue().encode("utf8", "surrogateescape")
 
 
@@ -727,27 +746,26 @@ def compare_methods(fits: list[dict], test: TestSet) -> dict[str, dict]:
     """
     correct, rows = {}, {}
     for method in METHODS:
-        probs = [fit["probs"] for fit in fits if fit["method"] == method]  # (seeds, N, K)
-        correct[method] = (np.argmax(probs, axis=2) == test.labels).mean(axis=0)  # (N,)
-    for method in METHODS:
-        rows[method] = {"ci95": {}}
-        gain = correct[method] - correct["scratch"]  # (N,)
-        for key, values in {"accuracy": correct[method], "minus scratch": gain}.items():
-            rows[method][key] = values.mean()
-            rows[method]["ci95"][key] = mean_interval(values, test.groups)
+        preds = [np.argmax(fit["probs"], axis=1) for fit in fits if fit["method"] == method]
+        correct[method] = np.equal(preds, test.labels).mean(axis=0)  # (N,), mean over seeds
+    for method, own in correct.items():
+        gain = own - correct["scratch"]  # (N,)
+        rows[method] = {"accuracy": own.mean(), "minus scratch": gain.mean(), "ci95": {}}
+        rows[method]["ci95"]["accuracy"] = mean_interval(own, test.groups)
+        rows[method]["ci95"]["minus scratch"] = mean_interval(gain, test.groups)
     return rows
 
 
-def verdict(share: str, rows: dict[str, dict]) -> str:
-    """Which method wins on a share of the labels, and whether that can be chance."""
+def verdict(rows: dict[str, dict]) -> str:
+    """Which method scores highest, and whether its difference to scratch can be measured."""
     best = max(rows, key=lambda method: rows[method]["accuracy"])
     gain, interval = rows[best]["minus scratch"], rows[best]["ci95"]["minus scratch"]
-    doubt = "the interval excludes 0" if interval and interval[0] > 0 else "it may be chance"
     if best == "scratch":
-        return f"With {share} of the labels scratch wins."
-    return (
-        f"With {share} of the labels {best} wins, {number(gain, interval)} over scratch: {doubt}."
+        return "scratch scores highest."
+    doubt = (
+        "the interval excludes 0" if interval and interval[0] > 0 else "no measurable difference"
     )
+    return f"{best} scores highest, +{number(gain, interval)} over scratch; {doubt}."
 
 
 def compare_files(fits: list[dict], test: TestSet, title: str, about: str) -> dict[str, object]:
@@ -755,31 +773,27 @@ def compare_files(fits: list[dict], test: TestSet, title: str, about: str) -> di
 
     Args:
         fits: COLUMNS and probs, (N, K) of the test images; of all METHODS at each fraction.
-        about: sentences on data, split and settings; they stand below the table.
+        about: sentences on data, split and settings; they stand below the tables.
     """
-    table = [[*COLUMNS, *SCORES]]
+    by_fit = [[*COLUMNS, *SCORES]]
     for fit in fits:
         metrics = classification_metrics(test.labels, fit["probs"])
-        table.append([fit[key] for key in COLUMNS] + [metrics[key] for key in SCORES])
-    rows, x_names, sentences, marks = {}, {}, [], []
+        by_fit.append([fit[key] for key in COLUMNS] + [metrics[key] for key in SCORES])
+    text = f"# {markdown(title)}\n\n"
+    lines = [(method, color, 4, []) for method, color in zip(METHODS, COLORS, strict=False)]
+    dots, x_names = [], {}
     for x, fraction in enumerate(sorted({fit["fraction"] for fit in fits})):
-        mine = [fit for fit in fits if fit["fraction"] == fraction]
-        share, found = f"{100 * fraction:g} %", compare_methods(mine, test)
-        sentences.append(verdict(share, found))
-        x_names[x + 0.5] = f"{share}\n{np.mean([fit['images'] for fit in mine]):.0f} images"
-        for k, (method, row) in enumerate(found.items()):
-            rows[f"{share}, {method}"] = row
-            spot = x + 0.25 + 0.1 * k  # beside each other, so that no interval hides another
-            marks.append(("" if x else method, [(spot, row["accuracy"])], COLORS[k], 8))
-            marks.append(("", [(spot, end) for end in row["ci95"]["accuracy"] or []], COLORS[k], 4))
+        of_share = [fit for fit in fits if fit["fraction"] == fraction]
+        rows = compare_methods(of_share, test)
+        share = f"{100 * fraction:g} %"
+        text += score_table(f"{share} of the labels", rows, ["accuracy", "minus scratch"])
+        text += f"\n\nWith {share} of the labels {verdict(rows)}\n\n"
+        x_names[x + 0.5] = f"{share}\n{np.mean([fit['images'] for fit in of_share]):.0f} images"
+        for k, row in enumerate(rows.values()):
+            place = x + 0.25 + 0.1 * k  # beside each other, so that no interval hides another
+            dots.append((place, row["accuracy"], COLORS[k], 8))
+            lines.append(interval_line(place, row["ci95"]["accuracy"], COLORS[k]))
     few = FEW_GROUPS if len(np.unique(test.groups)) < 20 else ""
-    text = f"""# {markdown(title)}
-
-{score_table("labels, method", rows, ["accuracy", "minus scratch"])}
-
-{" ".join(sentences)} {about} {few}
-
-![label_efficiency.png](label_efficiency.png)
-"""
-    figure = chart("What labels are worth", marks, "labelled training images", "accuracy", x_names)
-    return {"table.csv": table, "table.md": text, "label_efficiency.png": figure}
+    text += f"{about} {few}\n\n![label_efficiency.png](label_efficiency.png)\n"
+    figure = chart("What labels are worth", "training images", "accuracy", lines, dots, (), x_names)
+    return {"table.csv": by_fit, "table.md": text, "label_efficiency.png": figure}

@@ -9,10 +9,10 @@ against the class is cut off. The sum is a coarse map, enlarged to the size of t
     map_ij  = ReLU( sum_c alpha_c A_cij )                                                   (Eq. 2)
 
 Every map looks convincing once it is stretched to its own maximum. So each is measured as a sceptic
-would: how strong was it before that? Does it lie in the brain, and where the lesion is known, in
-the lesion? Does the confidence fall faster when the hottest areas are taken away than when random
-areas of the brain are? Does the map change when the weights are shuffled, as it must if it shows
-what they have learned?
+would: how strong was it before that? Does it lie in the foreground (the head, or the brain of a
+skull-stripped scan), and where the lesion is known, in the lesion? Does the confidence fall faster
+when the hottest areas are taken away than when random areas of the foreground are? Does the map
+change when the weights are shuffled, as it must if it shows what they have learned?
 
 Shape letters: N images in a batch (slices) · C channels of the layer · h, w its cells ·
 H, W pixels (S, where the image is a square) · K classes.
@@ -41,7 +41,7 @@ from torch import Generator, Tensor, nn
 import evaluate
 
 LAYER = "layer3"  # of the encoder; chosen on the phantoms' val split, matters (docs/gradcam.md)
-BRAIN = 0.25  # of an image's brightest gray values: what is brighter belongs to the brain mask
+BRIGHT = 0.25  # of an image's brightest gray values: what is brighter is foreground
 STEPS = 10  # of deletion, from the whole image to none of it
 ORDERS = 4  # random orders of deletion, averaged: a single one is luck
 SIDE = 512  # pixels of a scan in its overlay, shown at half of that: screens are fine
@@ -191,17 +191,19 @@ def fine_maps(cam: GradCAM, images: Tensor, classes: Tensor) -> tuple[Tensor, Te
 # ---------------------------------------------------------------------------------------------
 
 
-def brain_mask(gray: Tensor) -> Tensor:
-    """Where the brain is, with its skull: what is bright or lies between bright pixels of its row.
+def foreground_mask(gray: Tensor) -> Tensor:
+    """What is no background: each row of an image, from its first bright pixel to its last.
+
+    Of a skull-stripped scan that is the brain; of any other the whole head, with skull and skin.
 
     Args:
         gray: (N, S, S) float >= 0, 0 = black.
 
     Returns:
-        (N, S, S) float, 1 = brain, 0 = outside. The dark ventricles are inside.
+        (N, S, S) float, 1 = foreground, 0 = outside. The dark ventricles are inside.
     """
     brightest = gray.flatten(1).quantile(0.99, dim=1)  # (N,)
-    bright = (gray > BRAIN * brightest[:, None, None]).float()  # (N, S, S), 1 = bright
+    bright = (gray > BRIGHT * brightest[:, None, None]).float()  # (N, S, S), 1 = bright
     to_the_left = bright.cummax(dim=2).values  # 1 = something bright lies here or to the left
     return to_the_left * bright.flip(2).cummax(dim=2).values.flip(2)  # and here or to the right
 
@@ -217,7 +219,7 @@ def share_within(maps: Tensor, masks: Tensor) -> Tensor:
 def pointing_game(maps: Tensor, lesions: Tensor) -> Tensor:
     """Whether the hottest point lies in the lesion (Zhang et al., 1608.00507): (N,) 0 or 1.
 
-    Of several hottest points the share that does, so a map spread evenly over the brain scores
+    Of several hottest points the share that does, so a map spread evenly over the foreground scores
     like a random point of it. NaN where the map is 0 everywhere.
     """
     hottest = (maps == maps.amax(dim=(1, 2), keepdim=True)) & (maps > 0)  # (N, S, S) bool
@@ -249,19 +251,25 @@ def deletion(model: nn.Module, images: Tensor, order: Tensor, classes: Tensor) -
     return area.where(order.amax(dim=(1, 2)) > 0, torch.nan)
 
 
-def random_order(brains: Tensor, cells: tuple[int, int], generator: Generator) -> Tensor:
-    """An order of deletion that knows the brain and nothing else: random areas of it, then outside.
+def random_order(foregrounds: Tensor, cells: tuple[int, int], generator: Generator) -> Tensor:
+    """An order of deletion that knows the foreground and nothing else: random areas, then outside.
 
-    Random areas of the whole image would be spent on background, and any map that prefers the brain
-    would win: on phantoms .375, against .300 within the brain and .278 by the maps
+    Random areas of the whole image would be spent on background, and any map that prefers the
+    foreground would win: on phantoms .375, against .300 within the foreground and .278 by the maps
     (docs/gradcam.md).
 
     Args:
-        brains: (N, S, S) float, 1 = brain.
+        foregrounds: (N, S, S) float, 1 = foreground.
         cells: (h, w) of the layer; the areas are as fine as `fine_maps`, half a cell.
     """
-    noise = torch.rand(len(brains), 2 * cells[0], 2 * cells[1], generator=generator)
-    return enlarge(noise, brains.shape[1:], None) + brains  # in [0, 1) outside, [1, 2) inside
+    noise = torch.rand(len(foregrounds), 2 * cells[0], 2 * cells[1], generator=generator)
+    # In [0, 1) outside, in [1, 2) inside.
+    return enlarge(noise, foregrounds.shape[1:], None) + foregrounds
+
+
+def centred(maps: Tensor) -> Tensor:
+    """Maps (N, S, S) as rows (N, S S) of mean 0: the cosine of two is Pearson's r of their maps."""
+    return maps.flatten(1) - maps.mean(dim=(1, 2))[:, None]
 
 
 def randomisation_check(model: nn.Module, layer: str, images: Tensor, stages: list[str]) -> dict:
@@ -270,7 +278,8 @@ def randomisation_check(model: nn.Module, layer: str, images: Tensor, stages: li
     From the top down (Adebayo et al., 1810.03292, §3.1) the entries of each of a stage's weights,
     and of its batch norms' statistics, are shuffled: they keep their size and lose what they have
     learned; what is above stays shuffled. A map that stays as it was shows the image's edges, not
-    the network's reasons.
+    the network's reasons. The maps are those of `GradCAM` without a stride, not of `fine_maps`: a
+    quarter of the time, and both sides of a correlation are placed alike.
 
     Args:
         model: left as it is; a copy is shuffled.
@@ -287,15 +296,15 @@ def randomisation_check(model: nn.Module, layer: str, images: Tensor, stages: li
     generator = Generator().manual_seed(0)
     correlations = {}
     with GradCAM(shuffled, layer) as cam:
-        intact = cam(images).flatten(1)  # (N, S S)
+        intact = centred(cam(images))  # (N, S S)
+        drawn = intact.any(dim=1)  # (N,) bool, False = the map is empty
         classes = cam.logits.argmax(dim=1)
         for stage in stages:
             for value in shuffled.get_submodule(stage).state_dict().values():
-                order = torch.randperm(value.numel(), generator=generator)
-                value.copy_(value.flatten()[order.to(value.device)].view_as(value))
-            both = torch.cat([intact, cam(images, classes).flatten(1)])  # (2N, S S)
-            r = torch.corrcoef(both)[: len(images), len(images) :].diagonal()  # (N,)
-            correlations[stage] = float(r.nan_to_num(0)[intact.any(dim=1)].mean())
+                order = torch.randperm(value.numel(), generator=generator).to(value.device)
+                value.copy_(value.flatten()[order].view_as(value))
+            r = F.cosine_similarity(intact, centred(cam(images, classes)))  # (N,)
+            correlations[stage] = float(r[drawn].mean())
     return correlations
 
 
@@ -317,9 +326,9 @@ def explain(
         - activation_intensity, mean of the map; activation_area, share of it above 0.5;
           class_confidence, before calibration: as they are published;
         - strength, as `fine_maps` has it; 0 = an empty map, of which what follows is NaN;
-        - inside_brain, the share of the map there; deletion, as the function of that name;
+        - inside_foreground, the share of the map there; deletion, as the function of that name;
         - where a lesion is known: pointing, as `pointing_game`; enrichment, the lesion's share of
-          the map over its share of the brain, 1 = spread evenly over the brain, higher is better.
+          the map over its share of the foreground; 1 = spread evenly over the foreground.
         deletion_by_untrained and the like say the same of what stands beside the map: the untrained
         network's map of the same class, the brightness of the scan, or what is random.
     """
@@ -327,20 +336,22 @@ def explain(
     maps, strength = fine_maps(cam, images, classes)  # (N, S, S), (N,)
     blind, _ = fine_maps(untrained, images, classes)
     gray = scaled((images - images.amin(dim=(2, 3), keepdim=True)).cpu()[:, 0])  # (N, S, S)
-    brains = brain_mask(gray)  # (N, S, S), 1 = brain
-    lesions = lesions / lesions.amax(dim=(1, 2), keepdim=True)  # unknown: 0 / 0 = NaN, and so on
-    area = share_within(torch.maximum(brains, lesions), lesions)  # (N,), of the brain
-    orders = [random_order(brains, cam.raw.shape[1:], generator) for _ in range(ORDERS)]
+    foregrounds = foreground_mask(gray)  # (N, S, S), 1 = foreground
+    # All NaN (0 / 0) where no lesion is known; so is then what is computed from it.
+    lesions = lesions / lesions.amax(dim=(1, 2), keepdim=True)
+    area = share_within(torch.maximum(foregrounds, lesions), lesions)  # (N,), of the foreground
+    orders = [random_order(foregrounds, cam.raw.shape[1:], generator) for _ in range(ORDERS)]
     by_chance = [deletion(cam.model, images, order, classes) for order in orders]
     measures = {"strength": strength, "deletion_by_random": torch.stack(by_chance).mean(dim=0)}
     sources = {"": maps, "_by_untrained": blind, "_by_brightness": gray}
     for beside, source in sources.items():
         measures["deletion" + beside] = deletion(cam.model, images, source, classes)
-        measures["inside_brain" + beside] = share_within(source, brains)
+        measures["inside_foreground" + beside] = share_within(source, foregrounds)
         measures["pointing" + beside] = pointing_game(source, lesions)
         measures["enrichment" + beside] = share_within(source, lesions) / area
-    # What is spread evenly over the image lies in the brain, and over the brain in the lesion, for:
-    measures |= {"inside_brain_by_random": brains.mean(dim=(1, 2)), "pointing_by_random": area}
+    # Random points of the image lie in the foreground, and of the foreground in the lesion, for:
+    measures["inside_foreground_by_random"] = foregrounds.mean(dim=(1, 2))
+    measures["pointing_by_random"] = area
     measures |= {"class_confidence": confidence, "activation_intensity": maps.mean(dim=(1, 2))}
     measures["activation_area"] = (maps > 0.5).double().mean(dim=(1, 2))
     return maps.numpy(), {name: values.cpu().double().numpy() for name, values in measures.items()}
@@ -355,14 +366,16 @@ def explain(
 # `shuffled` is what `randomisation_check` returned.
 # ---------------------------------------------------------------------------------------------
 
-ROW = "| {:34} | {:24} | {:24} | {:24} |"
 CAUTION = """For research, not for diagnosis. Yellow areas raised one class's score most; a red line
 is a known lesion. Yellow need not be diseased, and the answer can be wrong wherever it lies."""
+READING = """Deletion, the confidence left as a map's hottest areas are taken away: lower is better.
+Inside foreground, pointing (at the lesion) and enrichment: higher is better. "By" untrained,
+brightness or random is what a map is compared with, "minus" the difference. The rest describes."""
 STYLE = """body { font: 16px/1.5 system-ui; max-width: 60rem; margin: auto; padding: 1rem }
 figure { margin: 3rem 0; overflow-wrap: anywhere } figcaption { font-weight: 600 }
 .wrong, .caution { color: #b91c1c } pre { overflow-x: auto } img + img { object-position: right }
-a { display: grid; row-gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)) }
-img { width: 100%; aspect-ratio: 540/512; object-fit: cover; object-position: left }"""
+a { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)) }
+img { width: 100%; aspect-ratio: 1; object-fit: cover; object-position: left }"""
 
 
 def colour(values: np.ndarray) -> np.ndarray:
@@ -372,7 +385,7 @@ def colour(values: np.ndarray) -> np.ndarray:
 
 
 def overlay(square: np.ndarray, map_: np.ndarray, lesion: np.ndarray) -> Image.Image:
-    """The scan, the map over the scan, and the map's colours from 0 up to its maximum.
+    """The scan, and beside it the map over the scan, yellow at its maximum.
 
     Args:
         square: (S, S) uint8.
@@ -386,10 +399,7 @@ def overlay(square: np.ndarray, map_: np.ndarray, lesion: np.ndarray) -> Image.I
     wider = F.max_pool2d(torch.from_numpy(diseased)[None], 7, stride=1, padding=3)[0].numpy()
     outline = (wider > 0.5) & (diseased <= 0.5)  # (SIDE, SIDE) bool, 3 pixels around the lesion
     scan[outline] = both[outline] = (255, 60, 60)
-    gap = np.full((SIDE, 28, 3), 255)
-    legend = colour(np.linspace(1, 0, SIDE))[:, None].repeat(20, axis=1)  # (SIDE, 20, 3)
-    # Two halves of equal width, so that the page can show them one below the other.
-    panels = np.concatenate([scan, gap, both, gap[:, 20:], legend], axis=1)  # (SIDE, 1080, 3)
+    panels = np.concatenate([scan, both], axis=1)  # (SIDE, 2 SIDE, 3)
     return Image.fromarray(panels.round().astype(np.uint8))
 
 
@@ -401,34 +411,33 @@ def summary(columns: dict[str, np.ndarray], shuffled: dict[str, float]) -> str:
     sides. A single group has no interval and gets no verdict.
     """
     drawn = columns["strength"] > 0  # (N,) bool, False = the map is empty
-    blank = np.isnan(columns["inside_brain_by_untrained"])
+    blank = np.isnan(columns["inside_foreground_by_untrained"])  # (N,) bool, of the untrained ones
     if not drawn.any():
         return "All maps are empty: nothing in this layer spoke for the predicted classes."
     gain = (columns["deletion_by_random"] - columns["deletion"])[drawn]
-    low, high = evaluate.mean_interval(gain, columns["group"][drawn]) or (0, 0)
-    verdict = "not measurably faster than random areas of the brain: do not rely on them"
+    low, high = evaluate.mean_interval(gain, columns["group"][drawn]) or (0, 0)  # one group
+    verdict = "not measurably faster than random areas of the foreground: do not rely on them"
     if low > 0:
-        verdict = "faster than random areas of the brain: they show what the network needs"
+        verdict = "faster than random areas of the foreground: they show what the network needs"
     if high < 0:
-        verdict = "more slowly than random areas of the brain: do not believe them"
+        verdict = "more slowly than random areas of the foreground: do not believe them"
     unchanged = ", ".join(f"{r:.2f} ({stage})" for stage, r in shuffled.items())
-    return (
-        f"The maps lie in the brain for {columns['inside_brain'][drawn].mean():.0%} (it fills "
-        f"{columns['inside_brain_by_random'][drawn].mean():.0%} of the image).\nTaking the hottest "
-        f"areas away lowers confidence {verdict}.\n{(~drawn).sum()} of {len(drawn)} maps are empty "
-        f"({blank.sum()} of the untrained network's), and when weights are shuffled from the top "
-        f"down, the others still correlate with what they were by {unchanged}."
-    )
+    inside = columns["inside_foreground"][drawn].mean()
+    filled = columns["inside_foreground_by_random"][drawn].mean()
+    return f"""The foreground (the head, or the brain of a skull-stripped scan) holds {inside:.0%}
+of the maps and fills {filled:.0%} of the image. Taking the hottest areas away lowers confidence
+{verdict}. {(~drawn).sum()} of {len(drawn)} maps are empty ({blank.sum()} of the untrained
+network's); when weights are shuffled from the top down, the others correlate with what they were by
+{unchanged}."""
 
 
 def mean_cell(values: np.ndarray, groups: np.ndarray) -> str:
     """The mean of what is defined, with its 95 % interval over groups; '' where nothing is."""
-    values, groups = values[np.isfinite(values)], groups[np.isfinite(values)]
-    if not len(values):
+    defined = np.isfinite(values)
+    if not defined.any():
         return ""
-    interval = evaluate.mean_interval(values, groups)
-    ends = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-    return f"{values.mean():.3f}{ends}"
+    interval = evaluate.mean_interval(values[defined], groups[defined])
+    return evaluate.number(values[defined].mean(), interval)
 
 
 def report(title: str, columns: dict[str, np.ndarray], shuffled: dict[str, float]) -> str:
@@ -440,17 +449,16 @@ def report(title: str, columns: dict[str, np.ndarray], shuffled: dict[str, float
     """
     known, correct = columns["label"] != "", columns["label"] == columns["prediction"]  # (N,) bool
     parts = {"all images": np.ones_like(known), "correct": correct, "wrong": known & ~correct}
-    names = [name for name in sorted(columns) if columns[name].dtype == float and name[:2] != "p_"]
-    lines = [f"# {' '.join(title.split())}", "", CAUTION, "", summary(columns, shuffled), ""]
-    headings = [f"{name} ({part.sum()})" for name, part in parts.items()]
-    lines += [ROW.format("mean of", *headings), ROW.format("---", "---", "---", "---")]
-    for name in names:
+    rows = [["mean of", *(f"{name} ({part.sum()})" for name, part in parts.items())]]
+    for name in sorted(columns):
         own, _, beside = name.partition("_by_")
-        values = columns[own] - columns[name] if beside else columns[own]
-        cells = [mean_cell(values[part], columns["group"][part]) for part in parts.values()]
-        if cells[0]:
-            lines.append(ROW.format(name.replace("_by_", " minus ").replace("_", " "), *cells))
-    return "\n".join(lines) + "\n"
+        if columns[name].dtype == float and not name.startswith("p_"):
+            values = columns[own] - columns[name] if beside else columns[own]
+            cells = [mean_cell(values[part], columns["group"][part]) for part in parts.values()]
+            if cells[0]:
+                rows.append([name.replace("_by_", " minus ").replace("_", " "), *cells])
+    texts = [f"# {' '.join(title.split())}", CAUTION, summary(columns, shuffled), READING]
+    return "\n\n".join([*texts, evaluate.table(rows)]) + "\n"
 
 
 def figure(row: dict) -> str:
@@ -464,12 +472,10 @@ def figure(row: dict) -> str:
     numbers = [name for name in row if isinstance(row[name], float) and np.isfinite(row[name])]
     measured = [f"{name.replace('_', ' ')} {row[name]:.2f}" for name in numbers if name[:2] != "p_"]
     source = quote(row["overlay"])
-    return (
-        f'<figure><figcaption class="{mark}">True class {escape(row["label"] or "unknown")}, '
-        f'predicted {escape(answer)}</figcaption><a href="{source}"><img src="{source}" alt="scan">'
-        f'<img src="{source}" alt="map over scan"></a>{" · ".join(measured[:4])}<details><summary>'
-        f"more</summary>{escape(row['path'])} · {' · '.join(measured[4:])}</details></figure>"
-    )
+    return f"""<figure><figcaption class="{mark}">True class {escape(row["label"] or "unknown")},
+predicted {escape(answer)}</figcaption><a href="{source}"><img src="{source}" alt="scan">
+<img src="{source}" alt="map over scan"></a>{" · ".join(measured[:4])}<details><summary>more
+</summary>{escape(row["path"])} · {" · ".join(measured[4:])}</details></figure>"""
 
 
 def page(title: str, columns: dict[str, np.ndarray], shuffled: dict[str, float]) -> str:
@@ -478,10 +484,10 @@ def page(title: str, columns: dict[str, np.ndarray], shuffled: dict[str, float])
     # Wrong answers first, and of them the most confident.
     for i in np.lexsort((-columns["class_confidence"], columns["label"] == columns["prediction"])):
         figures += figure({name: column[i] for name, column in columns.items()})
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-        f'<style>{STYLE}</style><h1>{escape(title)}</h1><p class="caution">{CAUTION}</p>'
-        f"<p>{escape(summary(columns, shuffled))}</p><details><summary>all measures</summary><pre>"
-        f"{escape(report(title, columns, shuffled))}</pre></details>{figures}</html>\n"
-    )
+    heading = escape(title)
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport"
+content="width=device-width, initial-scale=1"><title>{heading}</title><style>{STYLE}</style>
+<h1>{heading}</h1><p class="caution">{CAUTION}</p><p>{escape(summary(columns, shuffled))}</p>
+<p>{escape(READING)}</p><details><summary>all measures</summary>
+<pre>{escape(report(title, columns, shuffled))}</pre></details>{figures}</html>
+"""

@@ -66,11 +66,10 @@ class CosineMLP(nn.Module):
         dropout: chance that a hidden unit is silenced in training; raise it when labels are few.
     """
 
-    def __init__(
-        self, in_features: int, num_classes: int, hidden_dims=(512, 128), dropout: float = 0.3
-    ) -> None:
+    def __init__(self, in_features: int, num_classes: int, hidden_dims=(512, 128), dropout=0.3):
         super().__init__()
-        layers, width = [], in_features
+        layers = []
+        width = in_features
         for next_width in hidden_dims:
             linear = nn.Linear(width, next_width)
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
@@ -134,9 +133,9 @@ def new_head(head_type: str, in_features: int, num_classes: int, seed: int) -> n
 # ---------------------------------------------------------------------------------------------
 
 
-def normalised(squares: np.ndarray, scaling: dict, device: Device) -> Tensor:
+def normalised(images: np.ndarray, scaling: dict, device: Device) -> Tensor:
     """Images (N, S, S) uint8 as an encoder takes them: (N, 1, S, S) float32, not augmented."""
-    x = torch.from_numpy(np.array(squares))[:, None].to(device) / 255  # in [0, 1]
+    x = torch.from_numpy(np.array(images))[:, None].to(device) / 255  # in [0, 1]
     return (x - scaling["mean"]) / scaling["std"]
 
 
@@ -160,13 +159,14 @@ def features_of(
     """
     layout = simclr.memory_format(device, bf16=False)
     encoder = copy.deepcopy(encoder).to(device, memory_format=layout).eval()
-    features = [torch.zeros(0, encoder.feature_dim)]
+    features = torch.zeros(len(rows), encoder.feature_dim)
     for start in range(0, len(rows), ENCODED):
         batch = images[rows[start : start + ENCODED]]  # (N, S, S)
         # Black images fill the last batch up: of another size, it may be computed in another order.
-        batch = np.pad(batch, ((0, ENCODED - len(batch)), (0, 0), (0, 0)))
-        features.append(encoder(normalised(batch, scaling, device)).cpu())  # (ENCODED, E)
-    return torch.cat(features)[: len(rows)]
+        full = np.pad(batch, ((0, ENCODED - len(batch)), (0, 0), (0, 0)))
+        h = encoder(normalised(full, scaling, device))  # (ENCODED, E)
+        features[start : start + ENCODED] = h[: len(batch)].cpu()
+    return features
 
 
 @torch.no_grad()
@@ -197,9 +197,8 @@ def predict_probs(
     Returns:
         (k, K) float64, rows sum to 1.
     """
-    return probabilities(
-        classifier.head, features_of(classifier.encoder, images, rows, scaling, device)
-    )
+    features = features_of(classifier.encoder, images, rows, scaling, device)
+    return probabilities(classifier.head, features)
 
 
 def validate(probs: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
@@ -277,9 +276,10 @@ class Setup:
 def task_features(setup: Setup, encoder: simclr.ResNet) -> Tensor:
     """(m, E) float32: features in the order of `task.rows`; nan where an image has no part."""
     used = np.flatnonzero(np.isin(setup.task.split, ("train", "val", "test")))  # (k,)
-    images, rows = setup.images.squares, setup.task.rows[used]
+    rows = setup.task.rows[used]
+    h = features_of(encoder, setup.images.squares, rows, setup.checkpoint, setup.device)
     features = torch.full((len(setup.task.rows), encoder.feature_dim), torch.nan)
-    features[used] = features_of(encoder, images, rows, setup.checkpoint, setup.device)
+    features[used] = h
     return features
 
 
@@ -311,59 +311,46 @@ def milestone_lr(epoch: int, epochs: int, lr: float) -> float:
     return lr / 10**milestones
 
 
-def train_head(head: nn.Module, train: tuple, val: tuple, settings: Probing, progress=iter) -> list:
-    """Train a head on features, in place; it ends with the weights of its best epoch on val.
+def fit_probe(
+    features: Tensor, task: data.Task, settings: Probing, head_type: str, progress=iter
+) -> tuple[nn.Module, list[dict], dict[str, np.ndarray]]:
+    """Train a new head on the features of a task's train images, on the CPU.
 
-    Without val the last epoch counts. The test images have no way in here.
+    It ends with the weights of its best epoch on val; without val the last epoch counts. What
+    belongs to test is looked at once training is over.
 
     Args:
-        head: maps (N, E) to (N, K), on the CPU; left in eval mode.
-        train, val: (features (k, E) float32, labels (k,) int64 array); k >= 2 to train on.
+        features: (m, E) float32 in the order of `task.rows`; at least 2 of them are of train.
+        head_type: one of HEADS.
         progress: wraps the range of epochs and shows how far it is, as tqdm does.
 
     Returns:
-        A record of each epoch: epoch, train_loss (nats, with dropout), val_loss, val_accuracy.
+        the head, in eval mode; a record of each epoch (epoch, train_loss in nats with dropout,
+        val_loss, val_accuracy); {"val": (k, K), "test": (k, K)}, as `probabilities`.
 
     Raises:
         UserError: the loss is not finite.
     """
-    features, labels = train[0], torch.from_numpy(train[1])
+    train, val = task.part("train"), task.part("val")
+    head = new_head(head_type, features.shape[1], len(task.classes), settings.seed)
     optimizer = simclr.adamw(head, settings.weight_decay)
-    count = math.ceil(len(labels) / settings.batch_size)
+    labels = torch.from_numpy(task.labels)  # (m,)
+    steps = math.ceil(len(train) / settings.batch_size)
     records, best = [], None
     with torch.random.fork_rng(devices=[]):  # order and dropout draw from torch's own generator
         torch.manual_seed(simclr.seed_from(settings.seed, 1))  # other numbers than the weights'
         for epoch in progress(range(1, settings.epochs + 1)):
             lr = milestone_lr(epoch, settings.epochs, settings.lr)
             # Even batches, no small last one: batch norm would see next to nothing in it.
-            batches = torch.randperm(len(labels)).tensor_split(count)  # (N,) each
-            batches = ((lr, features[batch], labels[batch]) for batch in batches)
+            rows = torch.from_numpy(train)[torch.randperm(len(train))].tensor_split(steps)
+            batches = ((lr, features[batch], labels[batch]) for batch in rows)
             record = {"epoch": epoch, "train_loss": train_epoch(head, optimizer, batches)}
-            record |= validate(probabilities(head, val[0]), val[1])
+            record |= validate(probabilities(head, features[val]), task.labels[val])
             if best is None or merit(record) > merit(best["record"]):
                 best = {"record": record, "weights": copy.deepcopy(head.state_dict())}
             records.append(record)
     head.eval().load_state_dict(best["weights"])
-    return records
-
-
-def fit_probe(
-    features: Tensor, task: data.Task, settings: Probing, head_type: str, progress=iter
-) -> tuple[nn.Module, list[dict], dict[str, np.ndarray]]:
-    """Train a new head on the features of a task's images; val chooses its epoch.
-
-    Args:
-        features: (m, E) float32 in the order of `task.rows`.
-        head_type: one of HEADS.
-
-    Returns:
-        the head; the records of `train_head`; {"val": (k, K), "test": (k, K)}, as `probabilities`.
-    """
-    train, val, test = task.part("train"), task.part("val"), task.part("test")
-    head = new_head(head_type, features.shape[1], len(task.classes), settings.seed)
-    of_train, of_val = (features[train], task.labels[train]), (features[val], task.labels[val])
-    records = train_head(head, of_train, of_val, settings, progress)
-    probs = {"val": probabilities(head, features[val]), "test": probabilities(head, features[test])}
+    probs = {part: probabilities(head, features[task.part(part)]) for part in ("val", "test")}
     return head, records, probs
 
 
@@ -375,11 +362,11 @@ def baselines(setup: Setup, settings: Probing, head_type: str, progress=iter) ->
     """
     encoder = untrained(setup.checkpoint["arch"], settings.seed)
     pixels = torch.from_numpy(setup.images.thumbnails[setup.task.rows])  # (m, 32, 32) uint8
-    features = {f"untrained encoder, {head_type}": task_features(setup, encoder)}  # (m, E)
-    features[f"raw 32x32 pixels, {head_type}"] = pixels.flatten(1) / 127.5 - 1  # (m, 1024)
+    features = {"untrained encoder": task_features(setup, encoder)}  # (m, E)
+    features["raw 32x32 pixels"] = pixels.flatten(1) / 127.5 - 1  # (m, 1024)
     probs = {}
     for name, h in features.items():
-        _, _, probs[name] = fit_probe(h, setup.task, settings, head_type, progress)
+        probs[f"{name}, {head_type}"] = fit_probe(h, setup.task, settings, head_type, progress)[2]
     return probs
 
 
@@ -396,8 +383,9 @@ def knn_accuracy(
     val = generator.permutation(task.part("val"))[:KNN_MOST]
     if len(train) == 0 or len(val) == 0:
         return None
-    h_train = features_of(encoder, images.squares, task.rows[train], scaling, device).numpy()
-    h_val = features_of(encoder, images.squares, task.rows[val], scaling, device).numpy()
+    rows = task.rows[np.append(train, val)]
+    h = features_of(encoder, images.squares, rows, scaling, device).numpy()
+    h_train, h_val = np.split(h, [len(train)])
     votes = evaluate.nearest_neighbours(h_train, task.labels[train], h_val, len(task.classes))
     return float((votes.argmax(axis=1) == task.labels[val]).mean())
 
@@ -472,8 +460,9 @@ def finetune(
     labels = setup.task.labels[setup.task.part("val")]
     first = copy.deepcopy(classifier.state_dict())
     optimizer = simclr.prepare(classifier, settings, setup.device, setup.bf16, resume)
-    finished, best = (resume["epoch"], resume["best"]) if resume else (0, None)
-    for number in range(finished, len(settings.lrs) * settings.epochs):
+    state = resume or {"epoch": 0, "best": None}
+    best = state["best"]
+    for number in range(state["epoch"], len(settings.lrs) * settings.epochs):
         if number % settings.epochs == 0:  # here begins the next learning rate
             classifier.load_state_dict(first)
             optimizer = simclr.adamw(classifier, settings.weight_decay)
@@ -538,11 +527,11 @@ def fit(
         probs, of test, (k, K) as lists.
     """
     began = time.perf_counter()
-    line = {"method": method, "fraction": fraction, "seed": seed, "lr": None}
     task = label_subset(setup.task, fraction, seed)
-    train, test, K = task.part("train"), task.part("test"), len(task.classes)
     setup = replace(setup, task=task)
-    encoder = setup.encoder
+    train, test = task.part("train"), task.part("test")
+    K = len(task.classes)
+    encoder, lr = setup.encoder, None
     if method in ("scratch", "untrained"):
         encoder = untrained(setup.checkpoint["arch"], seed)
     if method in ("finetune", "scratch"):
@@ -550,8 +539,8 @@ def fit(
         settings = replace(settings, lrs=lrs, seed=seed)
         head = new_head("fc", encoder.feature_dim, K, seed)
         trained = Classifier(copy.deepcopy(encoder), head)
-        records = [record for record, _ in finetune(setup, trained, settings, progress=progress)]
-        line["lr"] = max(records, key=merit)["peak_lr"]
+        epochs = finetune(setup, trained, settings, progress=progress)
+        lr = max([record for record, _ in epochs], key=merit)["peak_lr"]
         probs = part_probs(setup, trained, "test")
     elif method == "knn":
         h = task_features(setup, encoder).numpy()
@@ -560,8 +549,9 @@ def fit(
     else:
         h = task_features(setup, encoder)
         head_type = "linear" if method == "linear" else "cosine_mlp"
-        trained, _, of_parts = fit_probe(h, task, Probing(seed=seed), head_type, progress)
-        probs = of_parts["test"]
+        trained, _, answers = fit_probe(h, task, Probing(seed=seed), head_type, progress)
+        probs = answers["test"]
+    line = {"method": method, "fraction": fraction, "seed": seed, "lr": lr}
     line |= {"groups": len(np.unique(task.groups[train])), "images": len(train)}
     line["parameters"] = sum(parameter.numel() for parameter in trained.parameters())
     return line | {"seconds": time.perf_counter() - began, "probs": probs.tolist()}
@@ -602,15 +592,11 @@ def load_classifier(path: Path) -> tuple[Classifier, dict]:
     Raises:
         UserError: the file is missing, or is no classifier.
     """
-    if not path.is_file():
-        raise data.UserError(f"no classifier at {path}; make one with: python main.py probe")
     what = "a classifier.pt, as `python main.py probe` or `finetune` makes it"
     encoder, checkpoint = simclr.load_encoder(path, what)
     with simclr.one_line(f"{path} is no classifier.pt of this program"):
         head = HEADS[checkpoint["head_type"]](encoder.feature_dim, len(checkpoint["classes"]))
         head.load_state_dict(checkpoint["head"])
-        if not {"mean", "std", "seen", "config"} <= checkpoint.keys():
-            raise ValueError("mean, std, seen or config is missing")
         if Path(checkpoint["task"]).name != checkpoint["task"] or not checkpoint["temperature"] > 0:
             raise ValueError("its task is no folder's name, or its temperature not above 0")
     return Classifier(encoder, head).eval(), checkpoint
@@ -641,7 +627,7 @@ def unseen_task(study: data.Study, task: data.Task, checkpoint: dict) -> data.Ta
     if "test" not in split:
         why = f"the classifier was trained on {seen.sum()}, or on others of their groups"
         raise data.UserError(f"no image of {task.name} is left to test: {why}; give other images")
-    notes = {"rule": "everything that the classifier has not seen"}
+    notes = {"rule": "all that the classifier has not seen", "dropped": int((seen | dropped).sum())}
     notes |= {"dropped_as_seen": int(seen.sum()), "dropped_by_the_split": int(dropped.sum())}
     labels = np.array([classes.index(name) for name in task.classes])[task.labels]  # (m,)
     return replace(task, classes=tuple(classes), labels=labels, split=split, notes=notes)
