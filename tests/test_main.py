@@ -574,7 +574,8 @@ def test_importing_is_silent_and_draws_nothing_and_a_closed_pipe_is_quiet(elsewh
 
 
 def test_help_states_the_defaults_of_its_own_command(capsys):
-    for command, default in {"pretrain": "200; 12 on phantoms", "probe": "150"}.items():
+    small = main.PHANTOM_DEFAULTS["epochs"]
+    for command, default in {"pretrain": f"200; {small} on phantoms", "probe": "150"}.items():
         with pytest.raises(SystemExit):
             main.main([command, "--help"])
         shown = " ".join(capsys.readouterr().out.split())
