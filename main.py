@@ -772,10 +772,9 @@ def predict(args: Namespace) -> None:
         probs = calibrated_probs(args, (classifier, checkpoint), images, rows)
         names, classes = [images.names[row] for row in rows], checkpoint["classes"]
         asked = [(name, probs[i]) for i, name in enumerate(names)]
-        for patient, n in Counter(patients).items():
-            mean = probs[np.array(patients) == patient].mean(axis=0)  # (K,)
-            if patient:
-                asked.append((f"patient {patient}, {counted(n, 'image')}", mean))
+        for patient in sorted(set(patients) - {""}):
+            own = probs[np.array(patients) == patient]  # (n, K)
+            asked.append((f"patient {patient}, {counted(len(own), 'image')}", own.mean(axis=0)))
         for what, answer in asked:
             ranked = np.argsort(-answer, kind="stable")
             say(f"{what}: {', '.join(f'{classes[k]} {answer[k]:.4f}' for k in ranked)}")
@@ -943,10 +942,14 @@ FLAGS = {  # `build_parser` adds the default; where that is no value, brackets s
     "--chunk-size": {"type": COUNT, "help": "images in memory at once; the loss is the same [all]"},
     "--epochs": {"type": between(int, 0, 10**6), "help": "passes over the training images"},
     "--lr": {"type": RATE, "help": "peak of the learning rate; halve it if the loss bursts"},
-    "--temperature": {"type": RATE, "default": 0.07, "help": "lower: hardest negatives"},
-    "--label-fractions": {"type": SHARE, "nargs": "+", "default": SHARES, "help": "of the labels"},
+    "--temperature": {
+        "type": RATE,
+        "default": 0.07,
+        "help": "of the loss; lower: hardest negatives",
+    },
+    "--label-fractions": {"type": SHARE, "nargs": "+", "default": SHARES, "help": "of labels"},
     "--seeds": {"type": COUNT, "default": 3, "help": "draws of labels and weights"},
-    "--seed": {"type": between(int, 0, 2**63 - 1), "default": 0, "help": "moves weights, no split"},
+    "--seed": {"type": between(int, 0, 2**63 - 1), "default": 0, "help": "never moves the split"},
     "--precision": {"choices": PRECISIONS, "default": "auto", "help": "auto: bf16 if native"},
     "--out": {"type": Path, "help": "folder of the run (of embed, the file) [below runs/]"},
     "--restart": {"action": "store_true", "help": "delete what is there, and begin anew"},
