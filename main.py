@@ -942,11 +942,7 @@ FLAGS = {  # `build_parser` adds the default; where that is no value, brackets s
     "--chunk-size": {"type": COUNT, "help": "images in memory at once; the loss is the same [all]"},
     "--epochs": {"type": between(int, 0, 10**6), "help": "passes over the training images"},
     "--lr": {"type": RATE, "help": "peak of the learning rate; halve it if the loss bursts"},
-    "--temperature": {
-        "type": RATE,
-        "default": 0.07,
-        "help": "of the loss; lower: hardest negatives",
-    },
+    "--temperature": {"type": RATE, "default": 0.07, "help": "lower: hardest negatives"},
     "--label-fractions": {"type": SHARE, "nargs": "+", "default": SHARES, "help": "of labels"},
     "--seeds": {"type": COUNT, "default": 3, "help": "draws of labels and weights"},
     "--seed": {"type": between(int, 0, 2**63 - 1), "default": 0, "help": "never moves the split"},
