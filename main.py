@@ -112,8 +112,11 @@ def choose_device(args: Namespace) -> None:
     Raises:
         UserError: --device names one that is not here.
     """
-    found = torch.accelerator.is_available()
-    best = torch.accelerator.current_accelerator().type if found else "cpu"
+    best = "cpu"
+    if torch.backends.mps.is_available():
+        best = "mps"
+    if torch.cuda.is_available():
+        best = "cuda"
     name = best if args.device == "auto" else args.device
     if name not in ("cpu", best):
         raise data.UserError(f"this machine has no {name} device; give --device {best}")
