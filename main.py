@@ -18,46 +18,30 @@ Nearly every command writes one folder, which config.json describes. Results of 
 settings are replaced with --restart alone, or the command says so. This is the last file.
 """
 
-import multiprocessing
-import os
-import signal
-import sys
-
-if __name__ == "__main__":
-
-    def interrupted(*_: object) -> None:
-        """Ctrl-C at any moment, also during the slow imports below, is one line."""
-        if multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0":
-            text = "interrupted; what is finished is kept: type the same command again to go on"
-            print(f"\n{text}", file=sys.stderr)
-        raise SystemExit(130)
-
-    signal.signal(signal.SIGINT, interrupted)
-
 import difflib
 import hashlib
 import json
 import math
-import platform
+import os
 import re
 import shlex
 import subprocess
+import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import date, timedelta
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import PIL
 import torch
 import torch.distributed as dist
-from torch import nn
 from tqdm import tqdm
 
 import data
@@ -65,14 +49,14 @@ import evaluate
 import gradcam
 import heads
 import simclr
-from simclr import Pretraining
 
 RUNS = Path("runs")
+CACHE = RUNS / "cache"
 # On the phantoms a command takes minutes on a laptop; these settings, and no others, differ there.
 PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 32, "epochs": 12}
 KNN_EVERY = 5  # epochs of a pretraining between two looks at what the features are worth
 ENOUGH_STEPS = 2000  # with fewer pretraining hardly pays (docs/results.md)
-MAX_UNREADABLE = (5, 0.01)  # more than five *and* more than 1 % unreadable images stop a run
+MAX_UNREADABLE = 5  # images; more than these, if they are more than 1 % too, stop a run
 EXPLAINED = 32  # images explained at once, and images whose maps are made again, weights shuffled
 SPLITS = ("train", "val", "test", "dropped")
 CAUTION = "For research, not for diagnosis."
@@ -80,21 +64,25 @@ SHUFFLED = ["head", "encoder.layer4", "encoder.layer3", "encoder.layer2", "encod
 # Which process this is and of how many, as torchrun says; only the first one writes and prints.
 RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+UNFINISHED = ".*.tmp"  # files whose writing was killed
 # What commands write, and --restart deletes; nothing else that lies there.
-RUN_FILE = re.compile(
-    r"(config|metrics)\.json|(log|fits)\.jsonl|(checkpoint|encoder|classifier)\.pt|\d{5}-map\.png|"
-    r"(curve|confusion|roc|reliability|leak|label_efficiency)\.png|(report|table)\.md|index\.html|"
-    r"(splits|predictions|table|explain)\.csv"
-)
-# How a refusal calls settings whose values say nothing to a reader.
-OTHER = dict.fromkeys(("fingerprint", "images", "pixels"), "other images")
-OTHER |= {"weights": "another encoder", "pretraining": "another encoder"}
-OTHER |= {"model": "another classifier"}
-# What may differ between two starts of one run: it moves its speed, and the last bits at most.
-MACHINE = {"data", "device", "processes", "threads", "typed", "folder", "commit", "versions"}
+RUN_FILES = "config.json metrics.json log.jsonl fits.jsonl checkpoint.pt encoder.pt classifier.pt "
+RUN_FILES += "report.md table.md table.csv splits.csv predictions.csv explain.csv index.html "
+RUN_FILES += "curve.png confusion.png roc.png reliability.png leak.png label_efficiency.png "
+RUN_FILES += "[0-9][0-9][0-9][0-9][0-9]-map.png " + UNFINISHED
+# Values in `args` that decide no result: they may differ between two starts of one run.
+NO_SETTINGS = "run runs typed out restart device precision data paths label_fractions seeds "
+NO_SETTINGS += "config pretraining"
+# How a refusal calls settings whose values are digests.
+DIGESTS = {"fingerprint": "other images", "encoder": "another encoder", "model": "another model"}
+# Our checkpoints, by a key that those before lack.
+KINDS = {"encoder": "an encoder.pt", "head": "a classifier.pt", "optimizer": "a checkpoint.pt"}
 
 # ---------------------------------------------------------------------------------------------
 # What the commands share
+#
+# `args` holds the typed flags and, from `parse`, `choose_device` and `open_run` on, also: phantoms,
+# runs (the folder of the runs), device, bf16, out (the folder of this run) and config.
 # ---------------------------------------------------------------------------------------------
 
 # The bar is drawn on a terminal only: a log file gets one line for each epoch.
@@ -113,20 +101,25 @@ def say(line: str) -> None:
         tqdm.write(visible(line))
 
 
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: 1 image, 1,200 images."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def choose_device(args: Namespace) -> None:
     """Set args.device, and args.bf16: whether training takes bf16 there; say both.
 
     Raises:
         UserError: --device names one that is not here.
     """
-    names = ["cpu"]
+    best = "cpu"
     if torch.backends.mps.is_available():
-        names.insert(0, "mps")
+        best = "mps"
     if torch.cuda.is_available():
-        names.insert(0, "cuda")
-    name = names[0] if args.device == "auto" else args.device
-    if name not in names:
-        raise data.UserError(f"this machine has no {name} device; give --device {names[0]}")
+        best = "cuda"
+    name = best if args.device == "auto" else args.device
+    if name not in ("cpu", best):
+        raise data.UserError(f"this machine has no {name} device; give --device {best}")
     args.device = torch.device(name)
     if name == "cuda":
         args.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
@@ -138,23 +131,45 @@ def choose_device(args: Namespace) -> None:
     say(f"on {name}, " + (f"training in bf16 ({why})" if args.bf16 else "in float32"))
 
 
-def load_study(args: Namespace, image_size: int) -> data.Study:
+def expect(path: Path, wanted: str, tip: str) -> None:
+    """Refuse a file that is there, but is none of the wanted kind.
+
+    Args:
+        wanted: one of KINDS.
+
+    Raises:
+        UserError: it says what the file is, if it is of KINDS, and the tip.
+    """
+    found = "a folder" if path.is_dir() else f"no file of this program ({path.suffix}), or damaged"
+    with suppress(Exception):  # a foreign file can raise nearly anything
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for key, kind in KINDS.items():
+            if key in checkpoint:
+                found = kind
+    if path.exists() and found != wanted:
+        raise data.UserError(f"{path} is {found}, not {wanted}; {tip}")
+
+
+def load_study(args: Namespace) -> data.Study:
     """Read --data or the phantoms; say what is there, and what cannot be read.
 
     Raises:
         UserError: the data cannot be read, or too many of its images.
     """
+    if args.labels and args.labels.suffix not in (".csv", ".tsv"):
+        raise data.UserError(f"--labels {args.labels} is no table: give a .csv or .tsv")
+    pattern = re.compile(args.patient_pattern) if args.patient_pattern else None
     if RANK:
         dist.barrier()  # the first process decodes, the others find all in the cache
-    pattern = re.compile(args.patient_pattern) if args.patient_pattern else None
-    how = {"pattern": pattern, "labels": args.labels, "resplit": args.resplit}
-    study = data.load(args.data, image_size, RUNS / "cache", progress_bar, **how)
+    study = data.load(
+        args.data, args.image_size, CACHE, progress_bar, pattern, args.labels, args.resplit
+    )
     if PROCESSES > 1 and RANK == 0:
         dist.barrier()
-    n, known = len(study.images.names), int((study.patients != "").sum())
+    images = counted(len(study.images.names), "image")
     place = args.data or "phantoms, drawn by code (--data takes your own scans)"
-    say(f"{place}: {n:,} images in {len(np.unique(study.groups)):,} groups")
-    say(f"  the patient is known of {known:,} of {n:,} images")
+    say(f"{place}: {images} in {counted(len(np.unique(study.groups)), 'group')}")
+    say(f"  the patient is known of {(study.patients != '').sum():,} of {images}")
     for notice in study.notices:
         say(f"  {notice}")
     readable_rows(study.images)
@@ -170,8 +185,7 @@ def readable_rows(images: data.Images) -> np.ndarray:
     bad, n = images.unreadable, len(images.names)
     for row, why in bad.items():
         say(f"  left out, unreadable: {images.names[row]} ({why})")
-    least, share = MAX_UNREADABLE
-    if len(bad) > max(least, share * n) or len(bad) == n:
+    if len(bad) == n or len(bad) > max(MAX_UNREADABLE, 0.01 * n):
         raise data.UserError(f"{len(bad)} of {n} images cannot be read; replace or remove them")
     return np.setdiff1d(np.arange(n), list(bad))
 
@@ -183,122 +197,128 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def find_task(args: Namespace, study: data.Study) -> data.Task:
-    """The task called --task or, where that was not given, the only one.
+    """The task called --task or, without that, the only one, whose name args.task then is.
 
     Raises:
         UserError: there is none, or more than one to choose from.
     """
     names = sorted(study.tasks)
     if args.task is None and len(names) == 1:
-        return study.tasks[names[0]]
-    if args.task in names:
-        return study.tasks[args.task]
-    wanted = f"no task {args.task!r} here" if args.task else "--task is needed"
-    found = ", ".join(names) or "none (a task is a folder with two or more class folders)"
-    raise data.UserError(f"{wanted}; found: {found}{did_you_mean(args.task or '', names)}")
+        args.task = names[0]
+    if args.task not in names:
+        hint = did_you_mean(args.task or "", names)
+        found = ", ".join(names) or "none; a task is a folder with two or more class folders"
+        raise data.UserError(f"--task is needed, one of those found: {found}{hint}")
+    return study.tasks[args.task]
 
 
-def describe_run(args: Namespace, study: data.Study | None, **values: object) -> dict:
-    """config.json: every value that shaped the run, in plain types; checkpoints hold it too."""
-    config = {"command": args.command, **values}
-    if study:
-        digest = hashlib.sha256("\n".join(study.images.names).encode("utf8", "surrogateescape"))
-        digest.update(study.images.hashes.tobytes())
-        config |= {"fingerprint": digest.hexdigest(), "phantoms": study.root is None}
-        config["data"] = str(args.data.resolve()) if args.data else None
-        config["labels"] = str(args.labels.resolve()) if args.labels else None
-        config |= {"patient_pattern": args.patient_pattern, "resplit": args.resplit}
+def describe_run(args: Namespace, images: data.Images, more: dict) -> dict:
+    """config.json: every value that shaped the run, in plain types; checkpoints hold it too.
+
+    All decide the result, but for those under "started", which may differ between two starts of
+    one run: they move its speed, and the last bits at most.
+    """
+    config = {key: value for key, value in vars(args).items() if key not in NO_SETTINGS.split()}
+    digest = hashlib.sha256("\n".join(images.names).encode("utf8", "surrogateescape"))
+    digest.update(images.hashes.tobytes())
+    config["fingerprint"] = digest.hexdigest()
+    for key in ("encoder", "model"):
+        if config.get(key):
+            config[key] = hashlib.sha256(config[key].read_bytes()).hexdigest()
+    if config.get("labels"):
+        config["labels"] = config["labels"].resolve()
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
+    started = {"typed": args.typed, "folder": Path.cwd(), "device": args.device, "commit": None}
+    with suppress(OSError):  # without git
         answer = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
-        config["commit"] = answer.stdout.strip() or None
-    except OSError:  # no git here
-        config["commit"] = None
+        started["commit"] = answer.stdout.strip() or None
     versions = {module.__name__: str(module.__version__) for module in (torch, np, PIL)}
-    versions["python"] = platform.python_version()
-    config |= {"typed": args.typed, "folder": str(Path.cwd()), "versions": versions}
-    config |= {"processes": PROCESSES, "threads": torch.get_num_threads()}
-    config["device"] = str(args.device)
-    return json.loads(json.dumps(config))  # tuples become lists, as in the file
+    started["versions"] = versions | {"python": sys.version}
+    started |= {"processes": PROCESSES, "threads": torch.get_num_threads()}
+    started["pretraining"] = getattr(args, "pretraining", None)
+    # As in the file: tuples become lists, paths become texts.
+    return json.loads(json.dumps(config | more | {"started": started}, default=str))
 
 
 @contextmanager
-def open_run(args: Namespace, out: Path, config: dict) -> Iterator[dict | None]:
-    """Hold a run's folder, a new one or one of the same settings; yield its checkpoint, if any.
+def open_run(args: Namespace, name: str, images: data.Images, /, **more: object) -> Iterator:
+    """Hold --out or else the run called `name`, and set args.out and args.config.
+
+    Args:
+        images: what the run works on.
+        more: settings that are not in `args`.
+
+    Yields:
+        Its checkpoint, where it has one of the same settings; else None.
 
     Raises:
         UserError: another process holds the folder, or it has results of other settings.
     """
-    with data.lock_folder(out) if RANK == 0 else nullcontext():
+    args.out = args.out or args.runs / name
+    args.config = describe_run(args, images, more)
+    with data.lock_folder(args.out) if RANK == 0 else nullcontext():
         if RANK == 0:
-            for file in out.iterdir():  # of a write that was killed, or of a run to be replaced
-                if file.suffix == ".tmp" or (args.restart and RUN_FILE.fullmatch(file.name)):
+            outdated = RUN_FILES if args.restart else UNFINISHED
+            for pattern in outdated.split():
+                for file in args.out.glob(pattern):
                     file.unlink()
-            refuse_other_settings(args, out, config)
-            write(out, {"config.json": config})
+            refuse_other_settings(args)
+            write(args, {"config.json": args.config})
         if PROCESSES > 1:
             dist.barrier()
-        state, path = None, out / "checkpoint.pt"
+        state, path = None, args.out / "checkpoint.pt"
         if path.exists():
-            what = "the checkpoint of a run; --restart begins anew"
-            state = simclr.load_checkpoint(path, what)
-            if not isinstance(state, dict) or not {"weights", "optimizer", "records"} <= set(state):
-                raise data.UserError(f"{path} is not {what}")
+            expect(path, "a checkpoint.pt", "--restart begins anew")
+            state = simclr.load_checkpoint(path, "a checkpoint.pt")
         yield state
 
 
-def refuse_other_settings(args: Namespace, out: Path, config: dict) -> None:
-    """Compare config.json, where a folder has one, with the run that is about to begin.
+def refuse_other_settings(args: Namespace) -> None:
+    """Compare config.json, where the folder has one, with the run that is about to begin.
 
-    A finished pretraining may be given more epochs. `data`, `predict` and `explain`, which are
-    quickly typed again, say that they replace what is there.
+    `data`, `predict` and `explain`, which are quickly typed again, say that they replace what is
+    there.
 
     Raises:
-        UserError: they differ in anything else.
+        UserError: it is of other settings.
     """
-    place = out / "config.json"
+    place, now = args.out / "config.json", args.config
     if not place.exists():
         return
-    try:
+    with simclr.one_line(f"{place} is no config of a run; --restart replaces it"):
         former = dict(json.loads(place.read_text()))
-    except (ValueError, TypeError):
-        raise data.UserError(f"{place} is no config of a run; --restart replaces it") from None
+        if args.command == "pretrain" and former["epochs"] < args.epochs:
+            former["epochs"] = args.epochs  # a finished pretraining may be given more
     different = []
-    for key in sorted(config.keys() - MACHINE):
-        before, now = former.get(key), config[key]
-        longer = key == "epochs" and args.command == "pretrain" and (before or 0) < now
-        if before != now and not longer:
-            values = f"{key} {before!s:.30} there, {now!s:.30} here"
-            different.append(OTHER.get(key, values))
+    for key in sorted(now.keys() - {"started"}):
+        if former.get(key) != now[key]:
+            values = f"{key} {former.get(key)!s:.30}, not {now[key]!s:.30}"
+            different.append(DIGESTS.get(key, values))
     if different and args.command in ("data", "predict", "explain"):
-        say(f"replaces what was in {out}")
+        say(f"replaces the earlier results in {args.out}: those of {'; '.join(different)}")
     elif different:
         raise data.UserError(
-            f"{out} has results of {'; '.join(dict.fromkeys(different))}; give the same to go on, "
+            f"{args.out} has results of {'; '.join(different)}; give the same to go on, "
             "another --out for a second run, or --restart to replace it"
         )
 
 
-def write(out: Path, files: dict[str, object]) -> None:
+def write(args: Namespace, files: dict[str, object]) -> None:
     """Write files (by name, as `evaluate.as_bytes` takes them), each whole or not at all."""
     for name, value in files.items():
         if RANK == 0:
-            with data.write_atomically(out / name) as file:
+            with data.write_atomically(args.out / name) as file:
                 file.write(evaluate.as_bytes(name, value))
 
 
-def conclude(out: Path, files: dict[str, object], following: list[str]) -> None:
-    """Write a command's files; print its report, what lies there now, what to type next.
-
-    Args:
-        following: the next command's words after main.py.
-    """
-    write(out, files)
-    for line in (files.get("report.md") or files.get("table.md", "")).splitlines():
-        say(line)
-    there = sorted(path.name for path in out.iterdir() if not path.name.endswith("-map.png"))
-    say(f"in {out}/ now: {', '.join(there)}")
-    say_next(following)
+def conclude(args: Namespace, files: dict[str, object]) -> None:
+    """Write a command's files; print its report, and what lies there now."""
+    write(args, files)
+    for name in ("report.md", "table.md"):
+        for line in files.get(name, "").splitlines():
+            say(line)
+    there = sorted(path.name for path in args.out.iterdir() if not path.name.endswith("-map.png"))
+    say(f"in {args.out}/ now: {', '.join(there)}")
 
 
 def say_next(following: list[str]) -> None:
@@ -324,53 +344,44 @@ def data_flags(args: Namespace) -> list[str]:
 
 def survey(args: Namespace) -> None:
     """Show what is there, what belongs together, how it splits, and what leaks would score."""
-    study = load_study(args, args.image_size)
-    for name in [find_task(args, study).name] if args.task else sorted(study.tasks):
-        task = study.tasks[name]
-        out = args.out / name if args.out else args.runs / f"data-{name}"
-        with open_run(args, out, describe_run(args, study, task=name)):
+    study, home = load_study(args), args.out
+    tasks = [find_task(args, study)] if args.task else study.tasks.values()
+    for task in tasks:
+        args.out = home / task.name if home else None
+        with open_run(args, f"data-{task.name}", study.images, task=task.name):
             thumbnails = study.images.thumbnails[task.rows]
             meter = evaluate.leak_meter(thumbnails, task.labels, task.groups)
-            files = {
-                "report.md": survey_report(task, meter),
-                "splits.csv": split_table(study, task),
-            }
-            write(out, files | {"leak.png": evaluate.leak_figure(meter)})
-            for line in files["report.md"].splitlines():
-                say(line)
-            say(f"in {out}/ now: leak.png, report.md, splits.csv")
-    why = Counter(data.left_out(study))
-    if why[""] < 2:
+            report, figure = survey_report(task, meter), evaluate.leak_figure(meter)
+            splits = split_table(study, task)
+            conclude(args, {"report.md": report, "splits.csv": splits, "leak.png": figure})
+    if len(data.pretraining_rows(study)) < 2:
         raise data.UserError("fewer than 2 images are left to pretrain on; --resplit may help")
     if not study.tasks:
-        say(
-            "no task here: two or more class folders side by side make one; is --data their folder?"
-        )
+        say("no task here: two or more folders side by side in --data would be its classes")
     say_next(["pretrain", *data_flags(args)])
 
 
-def split_table(study: data.Study, task: data.Task) -> list[tuple]:
+def split_table(study: data.Study | heads.Setup, task: data.Task) -> list[tuple]:
     """splits.csv, header first: path, label, group, split, pixel_hash (hexadecimal)."""
     table = [("path", "label", "group", "split", "pixel_hash")]
     for i, row in enumerate(task.rows):
-        label, digest = task.classes[task.labels[i]], study.images.hashes[row].tobytes().hex()
-        group, split = int(task.groups[i]), str(task.split[i])
-        table.append((study.images.names[row], label, group, split, digest))
+        path, label = study.images.names[row], task.classes[task.labels[i]]
+        pixel_hash = study.images.hashes[row].tobytes().hex()
+        table.append((path, label, int(task.groups[i]), str(task.split[i]), pixel_hash))
     return table
 
 
 def survey_report(task: data.Task, meter: dict) -> str:
     """report.md of `data`: a task as a table, what is dropped, and what leaks would score."""
-    width = max(6, *map(len, task.classes))
-    lines = [f"# {task.name}: {len(task.rows):,} images, {task.notes['rule']}", ""]
-    lines.append(f"| {'class':{width}} | images | groups |  train |    val |   test | dropped |")
-    lines.append(f"| {'---':{width}} | -----: | -----: | -----: | -----: | -----: | ------: |")
+    rows = [["class", "images", "groups", *SPLITS]]
     for k, name in enumerate([*task.classes, "all"]):
-        chosen = (task.labels == k) | (k == len(task.classes))
-        numbers = [chosen.sum(), len(np.unique(task.groups[chosen]))]
-        numbers += [(task.split[chosen] == split).sum() for split in SPLITS]
-        line = " | ".join(f"{number:6,}" for number in numbers)
-        lines.append(f"| {name:{width}} | {line}  |")
+        members = (task.labels == k) | (k == len(task.classes))  # (m,) bool, all of them for "all"
+        counts = [members.sum(), len(np.unique(task.groups[members]))]
+        for split in SPLITS:
+            counts.append((task.split[members] == split).sum())
+        rows.append([evaluate.markdown(name), *map("{:,}".format, counts)])
+    title = f"# {task.name}: {counted(len(task.rows), 'image')}, {task.notes['rule']}"
+    lines = [title, "", evaluate.table(rows)]
     tested = task.published == "test"
     leaked = np.isin(task.groups[tested], task.groups[task.published == "train"]).sum()
     if tested.any():
@@ -378,11 +389,11 @@ def survey_report(task: data.Task, meter: dict) -> str:
         lines.append(f"\nAs published, {leaked:,} of {tested.sum():,} {text}.")
     scores = {key: evaluate.number(meter[key]) for key in ("by image", "by group", "commonest")}
     lines.append("\nAccuracy of the nearest neighbour on 32x32 pixels, which was never trained:")
-    lines.append(f"split by image {scores['by image']}, split by group {scores['by group']}; ")
-    lines[-1] += f"of always answering the commonest class {scores['commonest']}."
+    lines.append(f"split by image {scores['by image']}, split by group {scores['by group']};")
+    lines.append(f"of always answering the commonest class {scores['commonest']}.")
     for reason, count in task.notes.items():
         if reason.startswith("dropped") and count:
-            lines.append(f"\n{reason.replace('_', ' ')}: {count:,} images")
+            lines.append(f"\n{reason.replace('_', ' ')}: {counted(count, 'image')}")
     try:
         data.check_split(task)
     except data.UserError as error:
@@ -395,98 +406,80 @@ def survey_report(task: data.Task, meter: dict) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def process_group() -> Iterator[None]:
-    """Meet the other processes that torchrun has started; alone, do nothing."""
-    if PROCESSES > 1:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # decoding may take long
-    yield
-    if PROCESSES > 1:
-        dist.destroy_process_group()
-
-
 def pretrain(args: Namespace) -> None:
     """Learn an encoder from images without labels, or go on learning; leaves encoder.pt."""
-    study = load_study(args, args.image_size)
-    why, rows = Counter(data.left_out(study)), data.pretraining_rows(study)
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in why.items() if reason)
-    say(f"  pretraining takes {len(rows):,} images; left out: {reasons or 'none'}")
+    study = load_study(args)
+    rows, images = data.pretraining_rows(study), study.images
+    plan_steps(args, study, len(rows))
     torch.manual_seed(args.seed)  # the networks' first weights
     encoder, mean, std = simclr.init_encoder(args.arch, args.init)
     head = simclr.ProjectionHead(encoder.feature_dim)
-    networks = nn.ModuleDict({"encoder": encoder, "projection_head": head})
-    given = ("epochs", "lr", "temperature", "chunk_size", "seed")
-    values = {name: getattr(args, name) for name in given}
-    values |= {"batch_size": fit_batch(args.batch_size, len(rows)), "mean": mean, "std": std}
-    settings = Pretraining(**values)
-    values |= {"arch": args.arch, "init": args.init, "image_size": args.image_size}
-    config = describe_run(args, study, **values, images=len(rows), bf16=args.bf16)
-    out = args.out or args.runs / "pretrain"
-    with open_run(args, out, config) as state:
-        advise_steps(args, settings, len(rows))
-        seen = torch.from_numpy(study.images.hashes[rows])
+    networks = torch.nn.ModuleDict({"encoder": encoder, "projection_head": head})
+    names = ("epochs", "batch_size", "lr", "temperature", "chunk_size", "seed")
+    values = {name: getattr(args, name) for name in names} | {"mean": mean, "std": std}
+    settings = simclr.Pretraining(**values)
+    with open_run(args, "pretrain", images, images=len(rows), mean=mean, std=std) as state:
+        seen = torch.from_numpy(images.hashes[rows])
 
         def save_encoder(epoch: int) -> None:
-            kept = simclr.encoder_checkpoint(encoder, config, epoch, seen)
-            simclr.save(kept, out / "encoder.pt")
+            checkpoint = simclr.encoder_checkpoint(encoder, args.config, epoch, seen)
+            simclr.save(checkpoint, args.out / "encoder.pt")
 
-        def save(state: dict) -> None:
-            save_encoder(state["epoch"])
-            simclr.save(state, out / "checkpoint.pt")  # last: it says that all is there
-
-        how = (settings, args.device, args.bf16, state, partial(progress_bar, unit="step"))
-        epochs = simclr.pretrain(networks, study.images.squares, rows, *how)
-        look = partial(look_at_epoch, encoder, study, settings)
-        records = train(out, epochs, state, settings.epochs, save, look)
-        if RANK == 0 and not (out / "encoder.pt").exists():  # after --epochs 0, or deleted
-            save_encoder(len(records))
-        names = {"loss": "NT-Xent, nats", "contrastive_accuracy": "contrastive accuracy"}
-        names["knn_accuracy"] = "kNN accuracy on val"
-        files = {"curve.png": evaluate.curve_figure("Pretraining", records, names)}
+        bar, pixels = partial(progress_bar, unit="step"), images.squares
+        epochs = simclr.pretrain(
+            networks, pixels, rows, settings, args.device, args.bf16, state, bar
+        )
+        epochs = with_knn(args, epochs, encoder, study)
+        records = train(args, epochs, state, args.epochs, save_encoder)
         if RANK == 0:  # another machine has no such folder
-            conclude(out, files, probe_or_embed(args, study, args.out and out / "encoder.pt"))
+            if not (args.out / "encoder.pt").exists():  # after --epochs 0, or deleted
+                save_encoder(len(records))
+            curve = evaluate.curve_figure("Pretraining", records, {"loss": "NT-Xent, nats"})
+            conclude(args, {"curve.png": curve})
+            say_next(probe_or_embed(args, study, args.out / "encoder.pt"))
 
 
-def fit_batch(batch_size: int, n: int) -> int:
-    """The batch size, or as much of it as n images fill.
+def plan_steps(args: Namespace, study: data.Study, n: int) -> None:
+    """Set args.batch_size to as much of it as n images fill; say how many steps that makes.
 
     Raises:
         UserError: too few images are left, or processes cannot share the batch.
     """
+    why = Counter(data.left_out(study))
+    why["in the val and test groups"] = why.pop("held out", 0)
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in why.items() if reason and count)
+    say(f"  pretraining takes {counted(n, 'image')}; left out: {left_out or 'none'}")
     if n < 2 * PROCESSES:
-        raise data.UserError(f"{n} images are left to pretrain on (see above); it takes at least 2")
-    if n < batch_size:
-        batch_size = n - n % PROCESSES
-        say(f"  the batch shrinks to the {batch_size} images that are there")
-    if batch_size % PROCESSES:
-        raise data.UserError(f"--batch-size {batch_size} is no multiple of {PROCESSES} processes")
-    return batch_size
-
-
-def advise_steps(args: Namespace, settings: Pretraining, n: int) -> None:
-    """Say when a run takes so few steps that it can hardly pay, and what would be enough."""
-    steps = settings.epochs * (n // settings.batch_size)
-    say(f"  {settings.epochs} epochs, {steps:,} steps of {settings.batch_size} slices")
+        raise data.UserError("too few images are left to pretrain on (see above): at least 2")
+    if n < args.batch_size:
+        args.batch_size = n - n % PROCESSES
+        say(f"  the batch shrinks to the {args.batch_size} images that are there")
+    if args.batch_size % PROCESSES:
+        raise data.UserError(f"--batch-size {args.batch_size} is no multiple of {PROCESSES}")
+    steps = args.epochs * (n // args.batch_size)
+    say(f"  {counted(args.epochs, 'epoch')}, {counted(steps, 'step')} of {args.batch_size} images")
     if args.data and 0 < steps < ENOUGH_STEPS:
-        batch_size = min(settings.batch_size, max(2, n // 8))
-        epochs = math.ceil(ENOUGH_STEPS / (n // batch_size))
-        say(f"  these are few: --batch-size {batch_size} --epochs {epochs} would be enough to pay")
+        size = min(args.batch_size, max(2, n // 8))
+        tip = f"--batch-size {size} --epochs {math.ceil(ENOUGH_STEPS / (n // size))}"
+        say(f"  few steps: pretraining pays from about {ENOUGH_STEPS:,} on; try {tip}")
 
 
-def look_at_epoch(encoder: simclr.ResNet, study: data.Study, settings: Pretraining, record: dict):
-    """Add to an epoch's record, now and then, the kNN accuracy on val of a task with labels."""
-    task = next((task for task in study.tasks.values() if len(task.part("val"))), None)
-    due = record["epoch"] % KNN_EVERY == 0 or record["epoch"] == settings.epochs
-    if task and due and RANK == 0:
-        device, scaling = encoder.conv1.weight.device, asdict(settings)
-        accuracy = heads.knn_accuracy(encoder, study.images, task, scaling, device)
-        record["knn_accuracy"] = accuracy
+def with_knn(args: Namespace, epochs: Iterator, encoder: simclr.ResNet, study: data.Study):
+    """Add to the records of `simclr.pretrain`, now and then, the kNN accuracy on val.
+
+    It is that of the first task with labels; the loss alone does not tell what features are worth.
+    """
+    tasks = [task for task in study.tasks.values() if len(task.part("val"))]
+    for record, state in epochs:
+        due = record["epoch"] % KNN_EVERY == 0 or record["epoch"] == args.epochs
+        if tasks and due and RANK == 0:
+            record["knn_accuracy"] = heads.knn_accuracy(
+                encoder, study.images, tasks[0], args.config, args.device
+            )
+        yield record, state
 
 
-def train(
-    out: Path, epochs: Iterator, state: dict, total: int, save: Callable, look: Callable
-) -> list:
+def train(args: Namespace, epochs: Iterator, state: dict, total: int, save=lambda epoch: None):
     """Show, log and save a training, epoch by epoch.
 
     A checkpoint is written when an epoch ends and 100 times what the last one took has passed: so
@@ -495,8 +488,7 @@ def train(
     Args:
         epochs: of `simclr.pretrain` or `heads.finetune`: (record, state) of each.
         state: the checkpoint that they go on from, or None.
-        save: writes a state.
-        look: is shown each record, and may add to it.
+        save: called with the epoch before a checkpoint is written.
 
     Returns:
         The records of all epochs.
@@ -505,38 +497,29 @@ def train(
     if state:
         say(f"  goes on after epoch {len(records)}")
     due = 0.0
-    for record, state in epochs:
-        look(record)
+    for record, reached in epochs:
         records.append(record)
-        cells = [f"epoch {len(records)} of {total}"]
+        line = f"  epoch {len(records)} of {total}"
         for key, value in record.items():
             if key != "epoch" and value is not None:
-                cells.append(f"{key.replace('_', ' ')} {value:.4g}")
-        say(f"  {', '.join(cells)}")
-        write(out, {"log.jsonl": records})
+                line += f", {key.replace('_', ' ')} {value:.4g}"
+        say(line)
+        write(args, {"log.jsonl": records})
         if RANK == 0 and (time.monotonic() > due or len(records) == total):
             began = time.monotonic()
-            save(state | {"records": records})
+            save(len(records))
+            simclr.save(reached | {"records": records}, args.out / "checkpoint.pt")
             due = time.monotonic() + 100 * (time.monotonic() - began)
     return records
 
 
-def probe_or_embed(args: Namespace, study: data.Study, encoder: Path | None) -> list[str]:
-    """What follows a pretraining: a probe where a task can be split, else `embed`.
-
-    Args:
-        encoder: to be typed; None = the default one.
-    """
-    flags = data_flags(args)
-    if encoder:
-        flags += ["--encoder", str(encoder)]
+def probe_or_embed(args: Namespace, study: data.Study, encoder: Path) -> list[str]:
+    """What follows a pretraining: a probe where a task can be split, else `embed`."""
+    flags = [*data_flags(args), "--encoder", str(encoder)]
     for name in ("tumor", *sorted(study.tasks)):
-        try:
-            if name in study.tasks:
-                data.check_split(study.tasks[name])
-                return ["probe", *flags, "--task", name]
-        except data.UserError:
-            continue
+        with suppress(KeyError, data.UserError):  # no such task, or none that can be probed
+            data.check_split(study.tasks[name])
+            return ["probe", *flags, "--task", name]
     return ["embed", *flags]
 
 
@@ -545,7 +528,21 @@ def probe_or_embed(args: Namespace, study: data.Study, encoder: Path | None) -> 
 # ---------------------------------------------------------------------------------------------
 
 
-def prepare(args: Namespace, from_scratch: bool = False) -> tuple[data.Study, heads.Setup]:
+def read_encoder(args: Namespace) -> tuple[simclr.ResNet, dict]:
+    """The encoder of --encoder or, where that was not given, of `pretrain` on such data."""
+    args.encoder = args.encoder or args.runs / "pretrain" / "encoder.pt"
+    # A classifier's encoder would know the labels beforehand.
+    expect(args.encoder, "an encoder.pt", "--encoder takes what `pretrain` makes")
+    encoder, checkpoint = simclr.load_encoder(args.encoder)
+    args.pretraining = checkpoint["config"]
+    args.arch = checkpoint["arch"]
+    args.image_size = checkpoint["image_size"]
+    epochs = counted(checkpoint["epoch"], "epoch")
+    say(f"{args.encoder}: {args.arch} after {epochs} of pretraining")
+    return encoder, checkpoint
+
+
+def prepare(args: Namespace, from_scratch: bool = False) -> heads.Setup:
     """Read the encoder and the data; refuse to test on what the encoder was trained on."""
     if from_scratch:
         torch.manual_seed(args.seed)
@@ -555,195 +552,147 @@ def prepare(args: Namespace, from_scratch: bool = False) -> tuple[data.Study, he
         checkpoint = simclr.encoder_checkpoint(encoder, config, 0, seen)
     else:
         encoder, checkpoint = read_encoder(args)
-    study = load_study(args, checkpoint["image_size"])
+    study = load_study(args)
     task = find_task(args, study)
     data.check_split(task)
     data.refuse_leak(study, task, checkpoint["seen"].numpy())
     counts = ", ".join(f"{len(task.part(split)):,} {split}" for split in SPLITS)
     say(f"task {task.name} ({', '.join(task.classes)}): {counts}")
-    return study, heads.Setup(study.images, task, encoder, checkpoint, args.device, args.bf16)
-
-
-def read_encoder(args: Namespace) -> tuple[simclr.ResNet, dict]:
-    """The encoder of --encoder or, where that was not given, of `pretrain` on such data."""
-    path = args.encoder or args.runs / "pretrain" / "encoder.pt"
-    encoder, checkpoint = simclr.load_encoder(path)
-    if "head" in checkpoint:  # its encoder would know the labels beforehand
-        raise data.UserError(f"{path} is a classifier; --encoder takes an encoder.pt")
-    say(f"{path}: {checkpoint['arch']} after {checkpoint['epoch']} epochs of pretraining")
-    return encoder, checkpoint
-
-
-def describe_fit(args: Namespace, study: data.Study, setup: heads.Setup, settings: object) -> dict:
-    """`describe_run` of what starts from an encoder: its weights are part of the settings."""
-    weights = hashlib.sha256()
-    for value in setup.checkpoint["encoder"].values():
-        weights.update(value.numpy().tobytes())
-    values = {"task": setup.task.name, "weights": weights.hexdigest(), "bf16": setup.bf16}
-    values |= {"head": getattr(args, "head", "fc"), "pretraining": setup.checkpoint["config"]}
-    return describe_run(args, study, **values, **asdict(settings))
+    return heads.Setup(study.images, task, encoder, checkpoint, args.device, args.bf16)
 
 
 def probe(args: Namespace) -> None:
     """Train a head on the frozen encoder, and on two baselines; leaves classifier.pt."""
-    study, setup = prepare(args)
+    setup = prepare(args)
     settings = heads.Probing(epochs=args.epochs, seed=args.seed)
     kind = "linear" if args.head == "linear" else "probe"
-    out = args.out or args.runs / f"{kind}-{setup.task.name}"
-    config = describe_fit(args, study, setup, settings)
-    with open_run(args, out, config):
+    with open_run(args, f"{kind}-{setup.task.name}", setup.images, **asdict(settings)):
         say("reading features")
-        features = heads.task_features(setup, setup.encoder)
-        fitted = heads.fit_probe(features, setup.task, settings, args.head, progress_bar)
-        head, records, probs = fitted
+        h = heads.task_features(setup, setup.encoder)
+        head, records, probs = heads.fit_probe(h, setup.task, settings, args.head, progress_bar)
         answers = {f"pretrained encoder, {args.head}": probs}
         answers |= heads.baselines(setup, settings, args.head, progress_bar)
-        trained = Trained(heads.Classifier(setup.encoder, head), records, answers)
-        finish(args, out, config, study, setup, trained)
+        finish(args, setup, heads.Classifier(setup.encoder, head), records, answers)
 
 
 def finetune(args: Namespace) -> None:
     """Train encoder and a fully connected head end to end; --from-scratch is the baseline."""
-    study, setup = prepare(args, args.from_scratch)
-    kind, lrs = "finetune", heads.FineTuning.lrs
+    setup = prepare(args, args.from_scratch)
+    kind, answer, lrs = "finetune", "fine-tuned", (args.lr,)
     if args.from_scratch:
-        kind, lrs = "scratch", heads.SCRATCH_LRS
-    if args.lr:
-        lrs = (args.lr,)
+        kind, answer = "scratch", "from scratch"
+    if args.from_scratch and not was_typed(args, "lr"):
+        lrs = heads.SCRATCH_LRS
+    args.head = "fc"
     settings = heads.FineTuning(epochs=args.epochs, lrs=lrs, seed=args.seed)
-    out = args.out or args.runs / f"{kind}-{setup.task.name}"
-    config = describe_fit(args, study, setup, settings)
-    with open_run(args, out, config) as state:
+    name = f"{kind}-{setup.task.name}"
+    with open_run(args, name, setup.images, **asdict(settings)) as state:
         K = len(setup.task.classes)
         head = heads.new_head("fc", setup.encoder.feature_dim, K, args.seed)
         classifier = heads.Classifier(setup.encoder, head)
-        say(f"  {args.epochs} epochs for each of the peak rates {lrs}; val chooses")
+        say(f"  {counted(args.epochs, 'epoch')} for each of the peak rates {lrs}; val chooses")
         bar = partial(progress_bar, unit="step")
         epochs = heads.finetune(setup, classifier, settings, state, bar)
-        save = partial(simclr.save, path=out / "checkpoint.pt")
-        records = train(out, epochs, state, len(lrs) * args.epochs, save, look=bool)
+        records = train(args, epochs, state, len(lrs) * args.epochs)
         say("reading features")
         probs = {part: heads.part_probs(setup, classifier, part) for part in ("val", "test")}
-        answers = {"from scratch" if args.from_scratch else "fine-tuned": probs}
-        answers |= heads.baselines(setup, heads.Probing(seed=args.seed), "linear", progress_bar)
-        finish(args, out, config, study, setup, Trained(classifier, records, answers))
+        probing = heads.Probing(seed=args.seed)
+        baselines = heads.baselines(setup, probing, "linear", progress_bar)
+        finish(args, setup, classifier, records, {answer: probs} | baselines)
 
 
-class Trained(NamedTuple):
-    """What `probe` and `finetune` have come to."""
+def finish(args: Namespace, setup: heads.Setup, classifier, records: list, answers: dict) -> None:
+    """Set a result beside its baselines; write classifier.pt and what belongs to it.
 
-    classifier: heads.Classifier
-    records: list[dict]  # of its epochs
-    answers: dict[str, dict]  # name -> probabilities of val and test; of its baselines, too
-
-
-def finish(
-    args: Namespace,
-    out: Path,
-    config: dict,
-    study: data.Study,
-    setup: heads.Setup,
-    trained: Trained,
-) -> None:
-    """Set a result beside its baselines; write classifier.pt and what belongs to it."""
-    task, test, path = setup.task, test_set(study, setup.task), out / "classifier.pt"
-    name, probs = next(iter(trained.answers.items()))
-    val = task.part("val")
+    Args:
+        records: of the epochs.
+        answers: name -> the probabilities of val and test; of the classifier, then of baselines.
+    """
+    task, path, val = setup.task, args.out / "classifier.pt", setup.task.part("val")
+    name, probs = next(iter(answers.items()))
     temperature = evaluate.fit_temperature(task.labels[val], probs["val"])
-    results = {name: test.measure(probs["test"], temperature)}
-    for row, answer in trained.answers.items():
-        if row != name:
-            results[row] = test.measure(answer["test"])
-    heads.save_classifier(path, trained.classifier, setup, config["head"], temperature, config)
-    names = {"train_loss": "training loss, nats", "val_loss": "val loss, nats"}
-    names["val_accuracy"] = "val accuracy"
-    chosen = max(trained.records, key=heads.merit)["epoch"]
-    title = f"{task.name}: {name}"
-    files = result_files(test, probs["test"], results, temperature, task.notes, len(val))
-    files |= {"log.jsonl": trained.records, "splits.csv": split_table(study, task)}
-    files["curve.png"] = evaluate.curve_figure(title, trained.records, names, chosen)
-    own, untrained, *_ = results.values()
-    if args.command == "probe" and own["accuracy"] <= untrained["accuracy"]:
+    heads.save_classifier(path, classifier, setup, args.head, temperature, args.config)
+    of_test = {row: answer["test"] for row, answer in answers.items()}
+    files = result_files(setup, task, of_test, temperature, len(val))
+    losses = {"train_loss": "training loss, nats", "val_loss": "val loss, nats"}
+    chosen = max(records, key=heads.merit)["epoch"]
+    curve = evaluate.curve_figure(f"{task.name}: {name}", records, losses, chosen)
+    conclude(args, files | {"log.jsonl": records, "curve.png": curve})
+    metrics = files["metrics.json"]
+    if args.command == "probe" and metrics["accuracy"] <= metrics["baseline"]["accuracy"]:
         say("It is no better than an untrained encoder: try more epochs, or larger images.")
-    conclude(out, files, ["explain", *data_flags(args), "--model", str(path)])
+    say_next(["explain", *data_flags(args), "--model", str(path)])
 
 
-def test_set(study: data.Study, task: data.Task) -> evaluate.TestSet:
+def test_set(images: data.Images, task: data.Task) -> evaluate.TestSet:
     """The test images of a task, as evaluate.py takes them."""
     test = task.part("test")
-    paths = [study.images.names[row] for row in task.rows[test]]
+    paths = [images.names[row] for row in task.rows[test]]
     return evaluate.TestSet(task.name, task.classes, paths, task.labels[test], task.groups[test])
 
 
 def result_files(
-    test: evaluate.TestSet, probs: np.ndarray, results: dict, temperature: float, notes: dict, n_val
+    study: data.Study | heads.Setup, task: data.Task, answers: dict, temperature: float, n_val
 ) -> dict[str, object]:
-    """The files of a result: metrics.json, report.md, predictions.csv and the figures.
+    """The files of a result: metrics.json, report.md, the tables and the figures.
 
     Args:
-        probs: (N, K), not calibrated, of the first of `results`.
+        answers: name -> probabilities (N, K) of the test images, not calibrated; of the classifier,
+            then of its baselines.
+        temperature: the classifier's.
         n_val: as `evaluate.report` takes it.
     """
-    name, metrics = next(iter(results.items()))
-    calibrated = evaluate.with_temperature(probs, temperature)
-    answers = {"as it is": probs, "after temperature scaling": calibrated}
+    test = test_set(study.images, task)
+    name, *baselines = answers
+    results = {name: test.measure(answers[name], temperature)}
+    for baseline in baselines:
+        results[baseline] = test.measure(answers[baseline])
+    metrics = results[name] | {"split": task.notes, "baseline": results[baselines[0]]}
+    calibrated = evaluate.with_temperature(answers[name], temperature)
+    curves = {"as it is": answers[name], "after temperature scaling": calibrated}
+    title = f"{task.name}: {name}, {date.today()}"
     figures = ["confusion.png", "roc.png", "reliability.png"]
-    title = f"{test.task}: {name}, {date.today()}"
     return {
-        "metrics.json": metrics | {"split": notes, "baseline": list(results.values())[1]},
-        "report.md": evaluate.report(title, results, n_val, notes, figures),
+        "metrics.json": metrics,
+        "report.md": evaluate.report(title, results, n_val, task.notes, figures),
+        "splits.csv": split_table(study, task),
         "predictions.csv": evaluate.prediction_table(test.paths, calibrated, test.classes, test),
         "confusion.png": evaluate.confusion_figure(metrics["confusion_matrix"], test.classes),
-        "roc.png": evaluate.roc_figure(test, probs),
-        "reliability.png": evaluate.reliability_figure(test.labels, answers),
+        "roc.png": evaluate.roc_figure(test, answers[name]),
+        "reliability.png": evaluate.reliability_figure(test.labels, curves),
     }
 
 
 def compare(args: Namespace) -> None:
     """Compare pretraining with training from scratch on the same few labels; leaves table.md."""
-    study, setup = prepare(args)
-    out = args.out or args.runs / f"compare-{setup.task.name}"
+    setup = prepare(args)
     settings = heads.FineTuning(epochs=args.epochs)
     # Shares and seeds are no settings: another one adds its fits to those that are there.
-    config = describe_fit(args, study, setup, settings)
-    with open_run(args, out, config):
-        fits = read_fits(out / "fits.jsonl")
-        for seed in range(args.seeds):
-            for fraction in sorted(set(args.label_fractions)):
-                for method in evaluate.METHODS:
-                    key = (method, fraction, seed)
-                    if key in fits:
-                        continue
-                    say(f"  {method}, {100 * fraction:g} % of the labels, seed {seed}")
-                    bar = partial(progress_bar, desc=method)
-                    fits[key] = heads.fit(setup, method, fraction, seed, settings, bar)
-                    write(out, {"fits.jsonl": fits.values()})
-        chosen = []
-        for fit in fits.values():
-            if fit["seed"] < args.seeds and fit["fraction"] in args.label_fractions:
-                chosen.append(fit)
-        test = test_set(study, setup.task)
+    with open_run(args, f"compare-{setup.task.name}", setup.images, **asdict(settings)):
+        fits, file = {}, args.out / "fits.jsonl"
+        finished = file.read_text().splitlines() if file.exists() else []
+        for fit in map(json.loads, finished):
+            fits[fit["seed"], fit["fraction"], fit["method"]] = fit
+        fractions = sorted(set(args.label_fractions))
+        wanted = list(product(range(args.seeds), fractions, evaluate.METHODS))
+        for seed, fraction, method in wanted:
+            if (seed, fraction, method) not in fits:
+                say(f"  {method}, {100 * fraction:g} % of the labels, seed {seed}")
+                bar = partial(progress_bar, desc=method)
+                fit = heads.fit(setup, method, fraction, seed, settings, bar)
+                fits[seed, fraction, method] = fit
+                write(args, {"fits.jsonl": fits.values()})
+        test = test_set(setup.images, setup.task)
+        n, groups = len(test.paths), len(set(test.groups))
         about = (
-            f"{len(test.paths):,} test images of {len(set(test.groups)):,} groups. Mean over "
-            f"{args.seeds} draws of labels, heads and order; brackets: 95 % intervals from "
-            f"resampling test groups. Fine-tuning: {args.epochs} epochs; from scratch as many for "
-            f"each of the rates {heads.SCRATCH_LRS}; val chooses."
+            f"{counted(n, 'test image')} of {counted(groups, 'group')}. Mean over "
+            f"{counted(args.seeds, 'draw')} of labels, heads and order; brackets: 95 % intervals "
+            f"from resampling test groups. Fine-tuning: {counted(args.epochs, 'epoch')}; from "
+            f"scratch as many for each of the rates {heads.SCRATCH_LRS}; val chooses."
         )
         title = f"{setup.task.name}: what labels are worth, {date.today()}"
-        files = evaluate.compare_files(chosen, test, title, about)
-        following = ["embed", *data_flags(args)]
-        if args.encoder:
-            following += ["--encoder", str(args.encoder)]
-        conclude(out, files, following)
-
-
-def read_fits(file: Path) -> dict[tuple, dict]:
-    """The finished fits of a comparison, by (method, fraction, seed)."""
-    fits = {}
-    for line in file.read_text().splitlines() if file.exists() else []:
-        fit = json.loads(line)
-        fits[fit["method"], fit["fraction"], fit["seed"]] = fit
-    return fits
+        conclude(args, evaluate.compare_files([fits[key] for key in wanted], test, title, about))
+    say_next(["embed", *data_flags(args), "--encoder", str(args.encoder)])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -752,67 +701,67 @@ def read_fits(file: Path) -> dict[tuple, dict]:
 
 
 def read_model(args: Namespace) -> tuple[heads.Classifier, dict]:
-    """The classifier of --model, and its checkpoint; its digest becomes args.model_digest."""
+    """The classifier of --model, and its checkpoint."""
+    expect(args.model, "a classifier.pt", "--model takes what `probe` and `finetune` make")
     classifier, checkpoint = heads.load_classifier(args.model)
-    with open(args.model, "rb") as file:
-        args.model_digest = hashlib.file_digest(file, "sha256").hexdigest()
+    args.image_size = checkpoint["image_size"]
     return classifier, checkpoint
 
 
-def load_like(args: Namespace, checkpoint: dict) -> data.Study:
-    """Read --data with a former run's own --patient-pattern, unless that finds nobody here."""
-    own = checkpoint["config"].get("patient_pattern")
-    typed = args.patient_pattern
-    args.patient_pattern = typed or own
-    try:
-        return load_study(args, checkpoint["image_size"])
-    except data.UserError as error:
-        if typed or not own:
-            raise
-        say(f"without the --patient-pattern that {checkpoint['config']['command']} had: {error}")
-        args.patient_pattern = None
-        return load_study(args, checkpoint["image_size"])
+def unseen_images(args: Namespace, checkpoint: dict) -> tuple[data.Study, data.Task]:
+    """Read --data as a test set: the classifier's own task and --patient-pattern unless typed.
 
-
-def unseen_images(args: Namespace, checkpoint: dict) -> tuple[data.Study, data.Task, np.ndarray]:
-    """Read --data; its task, the classifier's own unless another is given, and the rows to test."""
-    study = load_like(args, checkpoint)
+    Returns:
+        The data; the task, whose split is "test" for what the classifier has not seen.
+    """
+    args.patient_pattern = args.patient_pattern or checkpoint["config"].get("patient_pattern")
+    study = load_study(args)
     if args.task is None and checkpoint["task"] in study.tasks:
         args.task = checkpoint["task"]
     task = heads.unseen_task(study, find_task(args, study), checkpoint)
-    test = task.part("test")
     seen, dropped = task.notes["dropped_as_seen"], task.notes["dropped_by_the_split"]
     why = f"{seen:,} as seen in training, {dropped:,} by the split"
-    say(f"{len(test):,} images of {task.name} count; left out: {why}")
-    return study, task, task.rows[test]
+    say(f"{counted(len(task.part('test')), 'image')} of {task.name} to test; left out: {why}")
+    return study, task
 
 
 def score_elsewhere(args: Namespace) -> None:
     """Score a classifier on images from elsewhere that it has not seen; leaves report.md."""
     classifier, checkpoint = read_model(args)
-    study, task, rows = unseen_images(args, checkpoint)
-    out = args.out or args.runs / f"evaluate-{task.name}"
-    test = test_set(study, task)
-    config = describe_run(args, study, task=task.name, model=args.model_digest)
-    with open_run(args, out, config):
-        squares = study.images.squares
+    study, task = unseen_images(args, checkpoint)
+    with open_run(args, f"evaluate-{task.name}", study.images):
+        test, squares = task.part("test"), study.images.squares
+        rows, labels = task.rows[test], task.labels[test]
         probs = heads.predict_probs(classifier, squares, rows, checkpoint, args.device)
-        shares = np.bincount(test.labels, minlength=len(task.classes)) / len(test.labels)
-        temperature = checkpoint["temperature"]
-        results = {"this classifier": test.measure(probs, temperature)}
-        constant = np.tile(shares, (len(test.labels), 1))
-        results["always the commonest class"] = test.measure(constant)
-        files = result_files(test, probs, results, temperature, task.notes, None)
-        files["splits.csv"] = split_table(study, task)
-        conclude(out, files, ["explain", *data_flags(args), "--model", str(args.model)])
+        shares = np.bincount(labels, minlength=len(task.classes)) / len(labels)
+        constant = np.tile(shares, (len(labels), 1))
+        answers = {"this classifier": probs, "always the commonest class": constant}
+        conclude(args, result_files(study, task, answers, checkpoint["temperature"], None))
+    say_next(["explain", *data_flags(args), "--model", str(args.model)])
 
 
-def calibrated_probs(
-    args: Namespace, model: tuple[heads.Classifier, dict], squares: np.ndarray, rows
-) -> np.ndarray:
-    """(k, K) what a classifier answers, at its temperature: the same digits in every command."""
+def read_paths(args: Namespace, checkpoint: dict) -> tuple[data.Images, np.ndarray, list[str]]:
+    """The images of the files and folders that were typed.
+
+    Returns:
+        the images; the rows (k,) that can be read; whom each of these names, by the classifier's
+        own --patient-pattern, '' = nobody.
+    """
+    images = data.load_files(args.paths, args.image_size, CACHE, progress_bar)
+    rows = readable_rows(images)
+    own = checkpoint["config"].get("patient_pattern")
+    pattern = re.compile(own) if own else None
+    return images, rows, [data.read_patient(images.names[row], pattern) for row in rows]
+
+
+def calibrated_probs(args: Namespace, model: tuple, images: data.Images, rows) -> np.ndarray:
+    """(k, K) what a classifier answers, at its temperature: the same digits in every command.
+
+    Args:
+        model: as `read_model` returns it.
+    """
     classifier, checkpoint = model
-    probs = heads.predict_probs(classifier, squares, rows, checkpoint, args.device)
+    probs = heads.predict_probs(classifier, images.squares, rows, checkpoint, args.device)
     return evaluate.with_temperature(probs, checkpoint["temperature"])
 
 
@@ -821,164 +770,120 @@ def predict(args: Namespace) -> None:
     classifier, checkpoint = read_model(args)
     if not args.paths:
         raise data.UserError("give the files or folders to predict")
-    images, rows = read_paths(args, checkpoint["image_size"])
-    out = args.out or args.runs / f"predict-{checkpoint['task']}"
-    pixels = hashlib.sha256(images.hashes.tobytes()).hexdigest()
-    config = describe_run(args, None, model=args.model_digest, images=images.names, pixels=pixels)
-    with open_run(args, out, config):
-        probs = calibrated_probs(args, (classifier, checkpoint), images.squares, rows)
+    images, rows, patients = read_paths(args, checkpoint)
+    with open_run(args, f"predict-{checkpoint['task']}", images):
+        probs = calibrated_probs(args, (classifier, checkpoint), images, rows)
         names, classes = [images.names[row] for row in rows], checkpoint["classes"]
-        of_patient = defaultdict(list)
-        for i, patient in enumerate(patients_of(names, checkpoint)):
-            say(f"{names[i]}: {answer_in_words(probs[i], classes)}")
-            of_patient[patient].append(i)
-        for patient, chosen in of_patient.items():
-            if patient:
-                answer = answer_in_words(probs[chosen].mean(axis=0), classes)
-                say(f"patient {patient}, {len(chosen)} images: {answer}")
+        asked = [(name, probs[i]) for i, name in enumerate(names)]
+        for patient in sorted(set(patients) - {""}):
+            own = probs[np.array(patients) == patient]  # (n, K)
+            asked.append((f"patient {patient}, {counted(len(own), 'image')}", own.mean(axis=0)))
+        for what, answer in asked:
+            ranked = np.argsort(-answer, kind="stable")
+            say(f"{what}: {', '.join(f'{classes[k]} {answer[k]:.4f}' for k in ranked)}")
         say(CAUTION)
         if checkpoint["config"].get("phantoms"):
             say("This classifier was trained on phantoms: of a real scan its answer means nothing.")
-        table = evaluate.prediction_table(names, probs, classes)
-        paths = [str(path) for path in args.paths]
-        following = ["explain", "--model", str(args.model), *paths]
-        conclude(out, {"predictions.csv": table}, following)
-
-
-def patients_of(names: list[str], checkpoint: dict) -> list[str]:
-    """Whom the names of images name, by the classifier's own --patient-pattern; '' = nobody."""
-    own = checkpoint["config"].get("patient_pattern")
-    pattern = re.compile(own) if own else None
-    return [data.read_patient(name, pattern) for name in names]
-
-
-def answer_in_words(probs: np.ndarray, classes: list[str]) -> str:
-    """The classes with their probabilities, the most probable first."""
-    order = np.argsort(-probs, kind="stable")
-    return ", ".join(f"{classes[k]} {probs[k]:.4f}" for k in order)
-
-
-def read_paths(args: Namespace, image_size: int) -> tuple[data.Images, np.ndarray]:
-    """The images of the files and folders that were typed, and the rows that can be read."""
-    images = data.load_files(args.paths, image_size, RUNS / "cache", progress_bar)
-    return images, readable_rows(images)
-
-
-class Asked(NamedTuple):
-    """The images that `explain` explains."""
-
-    images: data.Images
-    root: Path | None  # below which their names lie; None = phantoms
-    rows: np.ndarray  # (k,) int64
-    labels: np.ndarray  # (k,) str, '' = unknown
-    groups: np.ndarray  # (k,) int64
-
-
-def images_to_explain(args: Namespace, checkpoint: dict) -> Asked:
-    """The typed files and folders or, of --data, what the classifier has not seen."""
-    if args.paths and args.data:
-        raise data.UserError("give --data (its test images are explained) or files, not both")
-    if not args.paths:
-        study, task, rows = unseen_images(args, checkpoint)
-        test = task.part("test")
-        labels = np.array(task.classes)[task.labels[test]]
-        return Asked(study.images, study.root, rows, labels, task.groups[test])
-    images, rows = read_paths(args, checkpoint["image_size"])
-    patients = patients_of([images.names[row] for row in rows], checkpoint)
-    owners = [patient or f"row {i}" for i, patient in enumerate(patients)]
-    groups = np.unique(owners, return_inverse=True)[1]
-    return Asked(images, Path(), rows, np.full(len(rows), ""), groups)
+        conclude(args, {"predictions.csv": evaluate.prediction_table(names, probs, classes)})
+    say_next(["explain", "--model", str(args.model), *map(str, args.paths)])
 
 
 def explain(args: Namespace) -> None:
     """Show where a classifier looked, and how far to believe it; leaves index.html."""
     classifier, checkpoint = read_model(args)
-    if checkpoint["image_size"] <= simclr.STRIDES[args.layer]:
-        size = f"images of {checkpoint['image_size']} pixels have one cell in {args.layer}"
+    if args.image_size <= simclr.STRIDES[args.layer]:
+        size = f"images of {args.image_size} pixels have one cell in {args.layer}"
         raise data.UserError(f"{size}, so no map; give an earlier --layer")
-    asked = images_to_explain(args, checkpoint)
-    names, classes = np.array(asked.images.names)[asked.rows], checkpoint["classes"]
-    out = args.out or args.runs / f"explain-{checkpoint['task']}"
-    values = {"model": args.model_digest, "layer": args.layer, "images": names.tolist()}
-    with open_run(args, out, describe_run(args, None, **values)):
-        model = (classifier, checkpoint)
-        probs = calibrated_probs(args, model, asked.images.squares, asked.rows)
-        columns = {"path": names, "group": asked.groups, "label": asked.labels}
-        columns["prediction"] = np.array(classes)[probs.argmax(axis=1)]
-        columns |= {f"p_{name}": probs[:, k] for k, name in enumerate(classes)}
-        columns["overlay"] = np.array([f"{i:05d}-map.png" for i in range(len(names))])
-        columns |= draw_maps(args, out, model, asked)
-        some = np.linspace(0, len(names) - 1, min(EXPLAINED, len(names))).astype(int)
-        x = heads.normalised(asked.images.squares[asked.rows[some]], checkpoint, args.device)
+    if args.paths and args.data:
+        raise data.UserError("give --data (its test images are explained) or files, not both")
+    if args.paths:
+        images, rows, patients = read_paths(args, checkpoint)
+        root, labels = Path(), np.full(len(rows), "")
+        owners = [patient or f"row {i}" for i, patient in enumerate(patients)]
+        groups = np.unique(owners, return_inverse=True)[1]
+    else:
+        study, task = unseen_images(args, checkpoint)
+        images, root, test = study.images, study.root, task.part("test")
+        rows, groups = task.rows[test], task.groups[test]
+        labels = np.array(task.classes)[task.labels[test]]
+    with open_run(args, f"explain-{checkpoint['task']}", images):
+        probs = calibrated_probs(args, (classifier, checkpoint), images, rows)
+        columns = {"path": np.array(images.names)[rows], "group": groups, "label": labels}
+        columns["prediction"] = np.array(checkpoint["classes"])[probs.argmax(axis=1)]
+        for k, name in enumerate(checkpoint["classes"]):
+            columns[f"p_{name}"] = probs[:, k]
+        columns["overlay"] = np.array([f"{i:05d}-map.png" for i in range(len(rows))])
+        columns |= draw_maps(args, (classifier, checkpoint), images, rows, root)
+        some = np.linspace(0, len(rows) - 1, min(EXPLAINED, len(rows))).astype(int)
+        x = heads.normalised(images.squares[rows[some]], checkpoint, args.device)
         shuffled = gradcam.randomisation_check(classifier, f"encoder.{args.layer}", x, SHUFFLED)
         title = f"{checkpoint['task']}: where the classifier looked ({args.layer})"
-        files = {
-            "report.md": gradcam.report(title, columns, shuffled),
-            "explain.csv": [list(columns), *zip(*columns.values(), strict=True)],
-            "index.html": gradcam.page(title, columns, shuffled),
-        }
-        paths = args.paths or [args.data]
-        following = ["predict", "--model", str(args.model), *map(str, paths)]
-        if not paths[0]:  # phantoms
-            following = ["compare", "--task", checkpoint["task"]]
-        conclude(out, files, following)
+        table = [list(columns), *zip(*columns.values(), strict=True)]
+        files = {"report.md": gradcam.report(title, columns, shuffled), "explain.csv": table}
+        conclude(args, files | {"index.html": gradcam.page(title, columns, shuffled)})
+    following = ["predict", "--model", str(args.model), *map(str, args.paths or [args.data])]
+    say_next(["compare", "--task", checkpoint["task"]] if args.phantoms else following)
 
 
-def draw_maps(args: Namespace, out: Path, model: tuple, asked: Asked) -> dict[str, np.ndarray]:
-    """Write the overlay of each image; the measures of its map, by name."""
+def draw_maps(args: Namespace, model: tuple, images: data.Images, rows, root: Path | None) -> dict:
+    """Write the overlay of each image; the measures of its map, by name, (k,) each.
+
+    Args:
+        model: as `read_model` returns it.
+        root: below which the images' names lie; None = phantoms.
+    """
     classifier, checkpoint = model
-    measured = []
     layer, stride = f"encoder.{args.layer}", simclr.STRIDES[args.layer]
     encoder, K = heads.untrained(checkpoint["arch"], 0), len(checkpoint["classes"])
     head = heads.new_head(checkpoint["head_type"], encoder.feature_dim, K, 0)
-    random = heads.Classifier(encoder, head).to(args.device)
-    with (
-        gradcam.GradCAM(classifier.to(args.device), layer, stride) as cam,
-        gradcam.GradCAM(random, layer, stride) as untrained,
-    ):
-        for start in progress_bar(range(0, len(asked.rows), EXPLAINED), desc="explain"):
-            rows = asked.rows[start : start + EXPLAINED]
-            squares, lesions = asked.images.squares[rows], []
-            for row in rows:
-                name = asked.images.names[row]
-                lesions.append(data.lesion_of(asked.root, name, squares.shape[1]))
-            x, sick = heads.normalised(squares, checkpoint, args.device), np.stack(lesions)
+    cam = gradcam.GradCAM(classifier.to(args.device), layer, stride)
+    untrained = gradcam.GradCAM(heads.Classifier(encoder, head).to(args.device), layer, stride)
+    measured = []
+    with cam, untrained:
+        for start in progress_bar(range(0, len(rows), EXPLAINED), desc="explain"):
+            batch = rows[start : start + EXPLAINED]
+            squares = images.squares[batch]
+            lesions = [data.lesion_of(root, images.names[row], args.image_size) for row in batch]
+            known = torch.from_numpy(np.stack(lesions))  # (n, S, S) bool
+            x = heads.normalised(squares, checkpoint, args.device)
             generator = simclr.generator_for(start)
-            maps, measures = gradcam.explain(cam, untrained, x, torch.from_numpy(sick), generator)
+            maps, measures = gradcam.explain(cam, untrained, x, known, generator)
             measured.append(measures)
-            for i in range(len(rows)):
-                figure = gradcam.overlay(squares[i], maps[i], lesions[i])
-                write(out, {f"{start + i:05d}-map.png": figure})
+            for i in range(len(batch)):
+                overlay = gradcam.overlay(squares[i], maps[i], lesions[i])
+                write(args, {f"{start + i:05d}-map.png": overlay})
     return {name: np.concatenate([batch[name] for batch in measured]) for name in measured[0]}
 
 
 def embed(args: Namespace) -> None:
     """Write the features of every image of a folder, with the split of the pretraining."""
-    encoder, checkpoint = read_encoder(args)
-    config = checkpoint["config"]
-    args.resplit = args.resplit or config.get("resplit", False)
-    if config.get("labels") and not args.labels:
-        args.labels = Path(config["labels"])
     place = args.out or args.runs / "features.npz"
     if place.suffix != ".npz":
         raise data.UserError(f"--out {place} is the file of the features; its name ends in .npz")
-    study = load_like(args, checkpoint)
+    encoder, checkpoint = read_encoder(args)
+    config = checkpoint["config"]
+    args.resplit = args.resplit or config.get("resplit", False)
+    args.patient_pattern = args.patient_pattern or config.get("patient_pattern")
+    if config.get("labels") and not args.labels:
+        args.labels = Path(config["labels"])
+    study = load_study(args)
     names = np.array(study.images.names)
-    labels, tasks, splits = np.full((3, len(names)), "", object)
+    labels, tasks, splits = np.full((3, len(names)), "", object)  # (n,) str each
     for task in study.tasks.values():
         labels[task.rows] = np.array(task.classes)[task.labels]
         tasks[task.rows], splits[task.rows] = task.name, task.split
     seen = data.was_seen(study, checkpoint["seen"].numpy())
     splits[seen & np.isin(splits, ("", "test", "val"))] = "pretrain"  # no test of this encoder
     rows = np.setdiff1d(np.arange(len(names)), list(study.images.unreadable))
-    say(f"reading the features of {len(rows):,} images")
+    say(f"reading the features of {counted(len(rows), 'image')}")
     h = heads.features_of(encoder, study.images.squares, rows, checkpoint, args.device).numpy()
-    columns = {"paths": names[rows], "labels": labels[rows].astype(str)}
-    columns |= {"tasks": tasks[rows].astype(str), "splits": splits[rows].astype(str)}
+    texts = {"paths": names, "labels": labels, "tasks": tasks, "splits": splits}
+    columns = {name: values[rows].astype(str) for name, values in texts.items()}
     if place.exists():
         say(f"replaces {place}")
-    write(place.parent, {place.name: {"features": h, **columns}})
-    say(f"in {place} now: features {h.shape}, paths, labels, tasks, splits")
+    args.out = place.parent
+    write(args, {place.name: {"features": h, **columns}})
+    say(f"in {place} now: features {h.shape}, {', '.join(columns)}")
     say_next(probe_or_embed(args, study, args.encoder))
 
 
@@ -988,55 +893,40 @@ def embed(args: Namespace) -> None:
 
 
 class Parser(ArgumentParser):
-    """Takes no abbreviated flags; reports a mistyped command as one line, as all mistakes are."""
-
-    def __init__(self, **options: object) -> None:
-        super().__init__(allow_abbrev=False, **options)
+    """Reports a mistyped command as one line, as all mistakes are."""
 
     def error(self, message: str) -> None:
         """Raise, where argparse would print the usage."""
         raise data.UserError(f"{message}; see: python {self.prog} --help")
 
 
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+def between(kind: type, low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number of a kind, from `low` to `high`."""
 
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+    def number(text: str) -> float:  # of a word argparse says: invalid number value
+        value = kind(text)
         if not low <= value <= high:
-            named = "whole number" if kind is int else "number"
-            raise ArgumentTypeError(f"{text!r} is no {named} from {low:g} to {high:g}")
+            raise ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return value
 
-    return read
+    return number
 
 
 def pattern(text: str) -> str:
     """An argparse type: a regular expression with a capture group."""
     try:
-        compiled = re.compile(text)
+        groups = re.compile(text).groups
     except re.error as error:
         raise ArgumentTypeError(f"{text!r} is no regular expression ({error})") from None
-    if not compiled.groups:
+    if not groups:
         raise ArgumentTypeError(f"{text!r} has no (group) around what is the patient")
     return text
 
 
-COUNT, PAIRS = number(int, 1, 10**6), number(int, 2, 10**6)
-SIDE, SEED, EPOCHS = number(int, 32, 1024), number(int, 0, 2**63 - 1), number(int, 0, 10**6)
-RATE, SHARE = number(float, 1e-9, 1e3), number(float, 1e-6, 1)
-ARCHS, STAGES = list(simclr.ARCHITECTURES), list(simclr.STRIDES)
-DEVICES, PRECISIONS, HEADS = (
-    "auto cpu cuda mps".split(),
-    "auto bf16 fp32".split(),
-    list(heads.HEADS),
-)
-SHARES = [0.01, 0.1, 1.0]
-SMALLER, FEWER, SHORTER = PHANTOM_DEFAULTS.values()  # pixels, slices, epochs
-FLAGS = {  # the default stands in brackets
+HEADS, SHARES = ["cosine_mlp", "linear"], [0.01, 0.1, 1.0]
+PRECISIONS, DEVICES = ["auto", "bf16", "fp32"], ["auto", "cpu", "cuda", "mps"]
+COUNT, RATE, SHARE = between(int, 1, 10**6), between(float, 1e-9, 1e3), between(float, 1e-6, 1)
+FLAGS = {  # `build_parser` adds the default; where that is no value, brackets say what it means
     "paths": {"type": Path, "nargs": "*", "help": "images, volumes, shards and folders"},
     "--data": {"type": Path, "help": "folder of scans, <task>/<class>/ in it [phantoms]"},
     "--labels": {"type": Path, "help": "table with the columns path, label (task, patient, split)"},
@@ -1045,53 +935,37 @@ FLAGS = {  # the default stands in brackets
     "--task": {"help": "such as tumor (`data` lists them) [the only one]"},
     "--encoder": {"type": Path, "help": "an encoder.pt [that of `pretrain`]"},
     "--model": {"type": Path, "required": True, "help": "a classifier.pt of probe or finetune"},
-    "--head": {
-        "choices": HEADS[:2],
-        "default": HEADS[0],
-        "help": "linear: the usual probe [%(default)s]",
-    },
-    "--from-scratch": {"action": "store_true", "help": "begin with --init: supervised baseline"},
-    "--layer": {
-        "choices": STAGES,
-        "default": gradcam.LAYER,
-        "help": "later is coarser [%(default)s]",
-    },
-    "--arch": {"choices": ARCHS, "default": ARCHS[0], "help": "encoder [%(default)s]"},
-    "--init": {
-        "default": "random",
-        "help": "random, imagenet, or a file of torchvision's [random]",
-    },
-    "--image-size": {"type": SIDE, "help": f"pixels a side [128; {SMALLER} on phantoms]"},
-    "--batch-size": {"type": PAIRS, "help": f"slices a step [512; {FEWER} on phantoms]"},
-    "--chunk-size": {
-        "type": COUNT,
-        "help": "slices in memory at once; the loss is the batch's [all]",
-    },
-    "--epochs": {"type": EPOCHS, "help": f"[pretrain 200, probe 150, else 30; phantoms {SHORTER}]"},
-    "--lr": {"type": RATE, "help": "peak; halve it if the loss bursts [5e-4; fine-tuning 1e-4]"},
-    "--temperature": {"type": RATE, "default": 0.07, "help": "lower: hardest negatives [0.07]"},
-    "--label-fractions": {"type": SHARE, "nargs": "+", "default": SHARES, "help": "[0.01 0.1 1]"},
-    "--seeds": {"type": COUNT, "default": 3, "help": "draws of labels and weights [3]"},
-    "--seed": {"type": SEED, "default": 0, "help": "moves weights and views, never the split [0]"},
-    "--precision": {
-        "choices": PRECISIONS,
-        "default": "auto",
-        "help": "of training [bf16 if native]",
-    },
+    "--head": {"choices": HEADS, "default": "cosine_mlp", "help": "linear is the usual probe"},
+    "--from-scratch": {"action": "store_true", "help": "supervised baseline; val chooses its --lr"},
+    "--layer": {"choices": simclr.STRIDES, "default": gradcam.LAYER, "help": "later is coarser"},
+    "--arch": {"choices": simclr.ARCHITECTURES, "default": "resnet18", "help": "of the encoder"},
+    "--init": {"default": "random", "help": "random, imagenet, or a file of torchvision's"},
+    "--image-size": {"type": between(int, 32, 1024), "default": 128, "help": "pixels a side"},
+    "--batch-size": {"type": between(int, 2, 10**6), "default": 512, "help": "images a step"},
+    "--chunk-size": {"type": COUNT, "help": "images in memory at once; the loss is the same [all]"},
+    "--epochs": {"type": between(int, 0, 10**6), "help": "passes over the training images"},
+    "--lr": {"type": RATE, "help": "peak of the learning rate; halve it if the loss bursts"},
+    "--temperature": {"type": RATE, "default": 0.07, "help": "lower: hardest negatives"},
+    "--label-fractions": {"type": SHARE, "nargs": "+", "default": SHARES, "help": "of labels"},
+    "--seeds": {"type": COUNT, "default": 3, "help": "draws of labels and weights"},
+    "--seed": {"type": between(int, 0, 2**63 - 1), "default": 0, "help": "never moves the split"},
+    "--precision": {"choices": PRECISIONS, "default": "auto", "help": "auto: bf16 if native"},
     "--out": {"type": Path, "help": "folder of the run (of embed, the file) [below runs/]"},
     "--restart": {"action": "store_true", "help": "delete what is there, and begin anew"},
-    "--device": {"choices": DEVICES, "default": "auto", "help": "[CUDA, else MPS, else the CPU]"},
+    "--device": {"choices": DEVICES, "default": "auto", "help": "auto: CUDA, else MPS, else CPU"},
 }
 READING = "--data --labels --patient-pattern --resplit"
-COMPARED = "--label-fractions --seeds --epochs --precision"
-NETWORK = "--arch --init --image-size --epochs --lr --seed --precision"
+NETWORK = "--arch --init --image-size --seed --precision"
+LONG = f"--epochs={simclr.Pretraining.epochs} --lr={simclr.Pretraining.lr}"
+TUNED = f"--epochs={heads.FineTuning.epochs} --lr={heads.FineTuning.lrs[0]}"
+SHORT = f"--epochs={heads.FineTuning.epochs} --label-fractions --seeds --precision"
 COMMON = "--out --restart --device"
-COMMANDS = {  # each with its own flags; all have the COMMON ones
+COMMANDS = {  # each with its own flags, and what their defaults are there; all have the COMMON ones
     "data": (survey, f"{READING} --task --image-size"),
-    "pretrain": (pretrain, f"{READING} {NETWORK} --batch-size --chunk-size --temperature"),
-    "probe": (probe, f"{READING} --task --encoder --head --epochs --seed"),
-    "finetune": (finetune, f"{READING} --task --encoder --from-scratch {NETWORK}"),
-    "compare": (compare, f"{READING} --task --encoder {COMPARED}"),
+    "pretrain": (pretrain, f"{READING} {NETWORK} {LONG} --batch-size --chunk-size --temperature"),
+    "probe": (probe, f"{READING} --task --encoder --head --epochs={heads.Probing.epochs} --seed"),
+    "finetune": (finetune, f"{READING} --task --encoder --from-scratch {NETWORK} {TUNED}"),
+    "compare": (compare, f"{READING} --task --encoder {SHORT}"),
     "evaluate": (score_elsewhere, f"{READING} --task --model"),
     "predict": (predict, "paths --model"),
     "explain": (explain, f"paths {READING} --task --model --layer"),
@@ -1099,74 +973,94 @@ COMMANDS = {  # each with its own flags; all have the COMMON ones
 }
 
 
-def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser, and that of each command; a command's help is its function's first line."""
+def phantom_defaults(command: str) -> dict[str, int]:
+    """What is else without --data; a probe's epochs are not, as they take no time anywhere."""
+    return {} if command == "probe" else PHANTOM_DEFAULTS
+
+
+def build_parser() -> Parser:
+    """The parser of all commands; a command's help is its function's first line."""
     parser = Parser(prog="main.py", description=f"SimCLR for brain scans. {CAUTION}")
     adding = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands = {}
     for name, (run, flags) in COMMANDS.items():
         summary = run.__doc__.splitlines()[0]
-        commands[name] = adding.add_parser(name, help=summary, description=summary)
-        commands[name].set_defaults(run=run)
-        for flag in f"{flags} {COMMON}".split():
-            commands[name].add_argument(flag, **FLAGS[flag])
-    return parser, commands
+        command = adding.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        command.set_defaults(run=run)
+        for word in f"{flags} {COMMON}".split():
+            flag, _, default = word.partition("=")
+            options, key = dict(FLAGS[flag]), flag[2:].replace("-", "_")
+            default = default or options.get("default")
+            if default is not None:
+                shown = str(default).strip("[]")
+                if key in phantom_defaults(name):
+                    shown += f"; {PHANTOM_DEFAULTS[key]} on phantoms"
+                options |= {"default": default, "help": f"{options['help']} [{shown}]"}
+            command.add_argument(flag, **options)
+    return parser
 
 
 def parse(argv: list[str]) -> Namespace:
-    """The typed words as values.
+    """The typed words as values; args.runs is where the runs lie.
 
     Raises:
         UserError: a word is wrong; the line says which was perhaps meant.
     """
-    parser, commands = build_parser()
-    if argv and argv[0][:1] != "-" and argv[0] not in commands:
-        hint = did_you_mean(argv[0], commands)
+    if argv and argv[0][:1] != "-" and argv[0] not in COMMANDS:
+        hint = did_you_mean(argv[0], COMMANDS)
         raise data.UserError(f"no command {argv[0]!r}{hint}; see: python main.py --help")
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = build_parser().parse_known_args(argv)
     if unknown:
-        hint = did_you_mean(unknown[0], f"{COMMANDS[args.command][1]} {COMMON}".split())
+        known = f"{COMMANDS[args.command][1]} {COMMON}".replace("=", " ").split()
+        hint = did_you_mean(unknown[0], known)
         see = f"see: python main.py {args.command} --help"
         raise data.UserError(f"{args.command} does not know {unknown[0]!r}{hint}; {see}")
     args.typed = argv
-    fill_in(args)
-    return args
-
-
-def fill_in(args: Namespace) -> None:
-    """Give what was not typed the defaults that differ by command and on phantoms."""
-    if args.command == "finetune" and not args.from_scratch:
-        if args.image_size or args.init != "random" or args.arch != "resnet18":
-            raise data.UserError("--arch, --init and --image-size go with --from-scratch alone")
-    phantoms = getattr(args, "data", None) is None and not getattr(args, "paths", None)
+    args.phantoms = not getattr(args, "data", None) and not getattr(args, "paths", None)
     # Runs on phantoms lie apart, so that no default encoder is of the other kind.
-    args.runs = RUNS / "phantoms" if phantoms else RUNS
-    defaults = {"image_size": 128, "batch_size": 512, "epochs": 30}
-    if phantoms:
-        defaults |= PHANTOM_DEFAULTS
-    if args.command == "pretrain":
-        defaults |= {"epochs": defaults["epochs"] if phantoms else 200, "lr": Pretraining.lr}
-    if args.command == "probe":
-        defaults["epochs"] = 150
-    for name, value in defaults.items():
-        if getattr(args, name, value) is None:
-            setattr(args, name, value)
+    args.runs = RUNS / "phantoms" if args.phantoms else RUNS
+    if args.phantoms:
+        for key, value in phantom_defaults(args.command).items():
+            if key in args and not was_typed(args, key):
+                setattr(args, key, value)
+    if args.command == "finetune" and not args.from_scratch:
+        if any(was_typed(args, key) for key in ("arch", "init", "image_size")):
+            raise data.UserError("--arch, --init and --image-size go with --from-scratch alone")
     if args.out and getattr(args, "data", None):
         if args.data.resolve().is_relative_to(args.out.resolve()):
             raise data.UserError(f"--out {args.out} holds the scans; give another folder")
     if getattr(args, "epochs", 1) == 0 and args.command != "pretrain":
         raise data.UserError(f"{args.command} --epochs 0 trains nothing; give 1 or more")
+    return args
+
+
+def was_typed(args: Namespace, key: str) -> bool:
+    """Whether a flag, called as in `args`, is among the typed words."""
+    flag = f"--{key.replace('_', '-')}"
+    return any(word.split("=")[0] == flag for word in args.typed)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; status 0, or 2 for a mistake that one line on standard error explains."""
+    """Run one command.
+
+    Returns:
+        Its status: 0; 2 for a mistake, which one line on standard error explains; 130 for Ctrl-C.
+    """
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        if PROCESSES > 1 and args.command != "pretrain":
-            raise data.UserError(f"{args.command} runs in one process: start it without torchrun")
-        with process_group():
-            choose_device(args)
-            args.run(args)
+        if PROCESSES > 1:
+            if args.command != "pretrain":
+                raise data.UserError(f"{args.command} runs in one process: leave torchrun out")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # decoding may take long
+        choose_device(args)
+        args.run(args)
+        if PROCESSES > 1:
+            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        if RANK == 0:
+            text = "interrupted; what is finished is kept: type the same command again to go on"
+            print(f"\n{text}", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `main.py data | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import make_dataclass
 from functools import partial
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def shrink(setattr=setattr) -> None:
     setattr(data, "PHANTOM_PATIENTS", 3)
     setattr(main, "PHANTOM_DEFAULTS", {"image_size": 32, "batch_size": 32, "epochs": 1})
     setattr(heads, "LEAST_STEPS", 2)
-    setattr(heads, "Probing", partial(heads.Probing, epochs=3))
+    short = make_dataclass("Probing", [("epochs", int, 3)], bases=(heads.Probing,), frozen=True)
+    setattr(heads, "Probing", short)
     setattr(gradcam, "STEPS", 3)
     setattr(evaluate, "RESAMPLES", 50)
 
@@ -175,7 +177,9 @@ def test_every_command_writes_every_artifact_with_its_keys(world):
     assert set(encoder) == set(ENCODER.split()) and encoder["config"] == config
     assert encoder["encoder"]["conv1.weight"].shape == (64, 1, 7, 7)
     assert encoder["seen"].shape == (config["images"], 16) and encoder["seen"].dtype == torch.uint8
-    assert config["typed"] == [*PRETRAIN, "2"] and config["versions"]["torch"] == torch.__version__
+    started = config["started"]
+    assert started["typed"] == [*PRETRAIN, "2"]
+    assert started["versions"]["torch"] == torch.__version__
     log = lines("runs/pretrain/log.jsonl")
     assert set(log[0]) == set(RECORD.split()) and set(log[1]) - set(log[0]) == {"knn_accuracy"}
     for kind, rates in {"probe": 0, "finetune": 1, "scratch": 3}.items():
@@ -337,6 +341,8 @@ def test_reports_name_patients_and_baselines_and_a_log_holds_plain_lines(world):
     assert "the patient is known of 56 of 56 images" in world["data"]
     assert "70/15/15 by group" in world["data"] and "patient" in world["predict"]
     assert "not for diagnosis" in world["predict"]
+    assert "in the val and test groups\n" in world["pretrain"] and "few steps" in world["pretrain"]
+    assert "1 epoch for each" in world["scratch"] and "1 epochs" not in "".join(world.values())
     # A line for each epoch, no carriage return, and a name never more than one line.
     for command, said in world.items():
         assert not [c for c in said if not c.isprintable() and c != "\n"], command
@@ -447,7 +453,14 @@ def test_a_finished_run_stays_may_be_extended_and_is_restarted_when_asked(elsewh
     run(*PRETRAIN, "3")
     log = lines("runs/pretrain/log.jsonl")
     assert [record["epoch"] for record in log] == [1, 2, 3] and log[2]["lr"] < log[0]["lr"]
-    assert "epochs 3 there, 2 here" in refused(*PRETRAIN, "2")
+    assert "epochs 3, not 2" in refused(*PRETRAIN, "2")
+    config = Path("runs/pretrain/config.json")
+    whole = config.read_text()
+    config.write_text(json.dumps({**json.loads(whole), "lr": None}))
+    assert "lr None, not 0.0005" in refused(*PRETRAIN, "3")
+    config.write_text("no config")
+    assert "config.json is no config of a run; --restart" in refused(*PRETRAIN, "3")
+    config.write_text(whole)
     for content in (b"", before[:1000], before):  # spoilt, torn, another checkpoint
         Path("runs/pretrain/checkpoint.pt").write_bytes(content)
         line = refused(*PRETRAIN, "3")
@@ -458,10 +471,10 @@ def test_a_finished_run_stays_may_be_extended_and_is_restarted_when_asked(elsewh
     run(*PRETRAIN, "0", "--seed", "1", "--restart")
     assert torch.load("runs/pretrain/encoder.pt", weights_only=True)["epoch"] == 0
     assert "another encoder" in refused(*probe, "2")
-    assert "epochs 2 there, 1 here" in refused(*probe, "1")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    assert "epochs 2, not 1" in refused(*probe, "1")
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heads, "task_features", interrupt)
-        main.main([*probe, "1", "--restart"])
+        assert main.main([*probe, "1", "--restart"]) == 130
     assert {path.name for path in Path("runs/probe-mine").iterdir()} == {"config.json", "notes.txt"}
 
 
@@ -477,8 +490,7 @@ def test_an_interrupted_comparison_keeps_its_fits_and_goes_on(elsewhere, monkeyp
         return interrupt() if len(fitted) == 4 else fit(*arguments)
 
     monkeypatch.setattr(heads, "fit", counted)
-    with pytest.raises(KeyboardInterrupt):
-        main.main(COMPARE)
+    assert main.main(COMPARE) == 130
     assert len(lines("runs/compare-mine/fits.jsonl")) == 3
     run(*COMPARE)
     run(*COMPARE)  # nothing is left to fit
@@ -500,6 +512,10 @@ def test_evaluate_takes_some_classes_and_never_replaces_another_hospitals_result
     run(*second, "--restart")
     assert result.read_bytes() != before
     run("evaluate", *MODEL, "--data", "hospital", "--restart")
+    run("predict", *MODEL, "loose", "--out", "predicted")
+    assert "replaces" not in run("predict", *MODEL, "loose", "--out", "predicted")
+    said = run("predict", *MODEL, "second", "--out", "predicted")
+    assert "replaces the earlier results in predicted: those of other images" in said
     plant("third/mine", "ill well", patients=2, seed=4)
     line = refused("evaluate", *MODEL, "--data", "third")
     assert "'ill', 'well'" in line and "'odd', 'sick', 'well'" in line
@@ -525,7 +541,7 @@ def test_two_processes_share_a_run_and_one_goes_on_with_it(elsewhere):
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("next: ") == done.stdout.count("the patient is known") == 1
-    assert json.loads(Path("two/config.json").read_text())["processes"] == 2
+    assert json.loads(Path("two/config.json").read_text())["started"]["processes"] == 2
     run(*PRETRAIN, "1", "--out", "one")
     one, two = (lines(f"{out}/log.jsonl") for out in ("one", "two"))
     assert abs(one[0]["loss"] - two[0]["loss"]) < 0.3  # batch norm sees half a batch, no loss does
@@ -533,16 +549,12 @@ def test_two_processes_share_a_run_and_one_goes_on_with_it(elsewhere):
     assert lines("two/log.jsonl")[0] == two[0] and len(lines("two/log.jsonl")) == 2
 
 
-def test_ctrl_c_is_one_line_and_status_130_while_importing_and_in_training(elsewhere):
-    Path("PIL").mkdir()
-    Path("PIL/__init__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+def test_ctrl_c_is_one_line_and_status_130(elsewhere):
     Path("program.py").write_text(PROGRAM)
-    importing = ([sys.executable, str(HERE / "main.py")], os.environ | {"PYTHONPATH": "."})
-    for command, environment in (importing, ([sys.executable, "-P", "program.py"], os.environ)):
-        words = [*command, *PRETRAIN, "1", "--out", "stopped"]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True)
-        assert done.returncode == 130
-        assert re.fullmatch("\n?interrupted; what is finished is kept[^\n]*\n", done.stderr)
+    words = [sys.executable, "-P", "program.py", *PRETRAIN, "1", "--out", "stopped"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert re.fullmatch("\n?interrupted; what is finished is kept[^\n]*\n", done.stderr)
 
 
 def test_importing_is_silent_and_draws_nothing_and_a_closed_pipe_is_quiet(elsewhere):
@@ -562,6 +574,16 @@ def test_importing_is_silent_and_draws_nothing_and_a_closed_pipe_is_quiet(elsewh
 
 # --- mistakes ------------------------------------------------------------------------------------
 
+
+def test_help_states_the_defaults_of_its_own_command(capsys):
+    small = main.PHANTOM_DEFAULTS["epochs"]
+    for command, default in {"pretrain": f"200; {small} on phantoms", "probe": "150"}.items():
+        with pytest.raises(SystemExit):
+            main.main([command, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"passes over the training images [{default}]" in shown
+
+
 MISTAKES = {
     "pretain": "did you mean pretrain?",
     "probe --data scans --task min": "did you mean mine?",
@@ -571,9 +593,9 @@ MISTAKES = {
     "probe --data scans --task mine --epochs 0": "--epochs 0 trains nothing",
     "predict": "see: python main.py predict --help",
     "predict --model runs/probe-mine/classifier.pt no.png": "no.png is not there",
-    "pretrain --image-size 16": "'16' is no whole number from 32 to 1024",
-    "pretrain --seed -1": "'-1' is no whole number from 0 to",
-    "pretrain --lr 0": "'0' is no number from 1e-09 to 1000",
+    "pretrain --image-size 16": "16 is not from 32 to 1024",
+    "pretrain --seed -1": "-1 is not from 0 to",
+    "pretrain --lr 0": "0 is not from 1e-09 to 1000",
     "pretrain --device cuda": "no cuda device",
     "data --data scans --patient-pattern patient": "has no (group)",
     "data --data nowhere": "nowhere is not a folder",
@@ -584,7 +606,10 @@ MISTAKES = {
     "embed --data scans --out features.csv": "ends in .npz",
     "probe --encoder no.pt": "no.pt cannot be read",
     "probe --data scans --task mine --encoder runs/probe-mine/classifier.pt": "is a classifier",
-    "data --data scans --labels empty/notes.txt": "it needs path and label",
+    "probe --data scans --task mine --encoder runs/pretrain/checkpoint.pt": "is a checkpoint.pt",
+    "predict --model runs/pretrain/encoder.pt loose": "is an encoder.pt, not a classifier.pt",
+    "predict --model empty/notes.txt loose": "is no file of this program (.txt)",
+    "data --data scans --labels empty/notes.txt": "give a .csv or .tsv",
 }
 
 
