@@ -470,23 +470,6 @@ def score_table(what: str, results: dict[str, dict], columns: Sequence[str]) -> 
     return table(rows)
 
 
-def table(rows: list[list[str]]) -> str:
-    """Cells as a markdown table, which is aligned on a terminal, too.
-
-    Args:
-        rows: of equally many cells each; the first has the headings. The first column is set left,
-            the others right.
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in [rows[0], *rows]:
-        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
-        lines.append("| " + " | ".join(cells) + " |")
-    rules = ["-" * (widths[0] + 2), *["-" * (width + 1) + ":" for width in widths[1:]]]
-    lines[1] = "|" + "|".join(rules) + "|"
-    return "\n".join(lines)
-
-
 def report(title: str, results: dict, val_size: int | None, notes: dict, figures: list) -> str:
     """report.md, the one text of a run: its scores, its model card, and what the terminal prints.
 

@@ -18,15 +18,29 @@ Nearly every command writes one folder, which config.json describes. Results of 
 settings are replaced with --restart alone, or the command says so. This is the last file.
 """
 
+import multiprocessing
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+
+    def interrupted(*_: object) -> None:
+        """Ctrl-C at any moment, also during the slow imports below, is one line."""
+        if multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0":
+            text = "interrupted; what is finished is kept: type the same command again to go on"
+            print(f"\n{text}", file=sys.stderr)
+        raise SystemExit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
+
 import difflib
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 import subprocess
-import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import Counter
@@ -74,7 +88,8 @@ RUN_FILES += "[0-9][0-9][0-9][0-9][0-9]-map.png " + UNFINISHED
 NO_SETTINGS = "run runs typed out restart device precision data paths label_fractions seeds "
 NO_SETTINGS += "config pretraining"
 # How a refusal calls settings whose values are digests.
-DIGESTS = {"fingerprint": "other images", "encoder": "another encoder", "model": "another model"}
+DIGESTS = {"encoder": "another encoder", "model": "another model"}
+DIGESTS["fingerprint"] = "other images, or another table of labels"
 # Our checkpoints, by a key that those before lack.
 KINDS = {"encoder": "an encoder.pt", "head": "a classifier.pt", "optimizer": "a checkpoint.pt"}
 
@@ -221,12 +236,13 @@ def describe_run(args: Namespace, images: data.Images, more: dict) -> dict:
     config = {key: value for key, value in vars(args).items() if key not in NO_SETTINGS.split()}
     digest = hashlib.sha256("\n".join(images.names).encode("utf8", "surrogateescape"))
     digest.update(images.hashes.tobytes())
+    if config.get("labels"):
+        digest.update(args.labels.read_bytes())
+        config["labels"] = args.labels.resolve()
     config["fingerprint"] = digest.hexdigest()
     for key in ("encoder", "model"):
         if config.get(key):
             config[key] = hashlib.sha256(config[key].read_bytes()).hexdigest()
-    if config.get("labels"):
-        config["labels"] = config["labels"].resolve()
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     started = {"typed": args.typed, "folder": Path.cwd(), "device": args.device, "commit": None}
     with suppress(OSError):  # without git
@@ -714,8 +730,16 @@ def unseen_images(args: Namespace, checkpoint: dict) -> tuple[data.Study, data.T
     Returns:
         The data; the task, whose split is "test" for what the classifier has not seen.
     """
-    args.patient_pattern = args.patient_pattern or checkpoint["config"].get("patient_pattern")
-    study = load_study(args)
+    typed, own = args.patient_pattern, checkpoint["config"].get("patient_pattern")
+    args.patient_pattern = typed or own
+    try:
+        study = load_study(args)
+    except data.UserError as error:
+        if typed or not own:
+            raise
+        say(f"without the classifier's own pattern of patients: {error}")
+        args.patient_pattern = None
+        study = load_study(args)
     if args.task is None and checkpoint["task"] in study.tasks:
         args.task = checkpoint["task"]
     task = heads.unseen_task(study, find_task(args, study), checkpoint)
@@ -799,7 +823,8 @@ def explain(args: Namespace) -> None:
     if args.paths:
         images, rows, patients = read_paths(args, checkpoint)
         root, labels = Path(), np.full(len(rows), "")
-        owners = [patient or f"row {i}" for i, patient in enumerate(patients)]
+        alike = data.near_duplicate_groups(images.thumbnails[rows])
+        owners = [patients[i] or f"alike {number}" for i, number in enumerate(alike)]
         groups = np.unique(owners, return_inverse=True)[1]
     else:
         study, task = unseen_images(args, checkpoint)
@@ -1043,7 +1068,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Its status: 0; 2 for a mistake, which one line on standard error explains; 130 for Ctrl-C.
+        Its status: 0, or 2 for a mistake, which one line on standard error explains.
     """
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
@@ -1056,11 +1081,6 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args)
         if PROCESSES > 1:
             dist.destroy_process_group()
-    except KeyboardInterrupt:
-        if RANK == 0:
-            text = "interrupted; what is finished is kept: type the same command again to go on"
-            print(f"\n{text}", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `main.py data | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

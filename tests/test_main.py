@@ -337,7 +337,7 @@ def test_reports_name_patients_and_baselines_and_a_log_holds_plain_lines(world):
         for word in ("per image", "per patient", "sensitivity", "specificity", "groups", "95 %"):
             assert word in text, (command, word)
     assert "untrained encoder, cosine" in world["probe"] and "raw 32x32 pixels" in world["probe"]
-    assert "untrained encoder, linear" in world["finetune"] and "wins" in world["compare"]
+    assert "untrained encoder, linear" in world["finetune"] and "scores highest" in world["compare"]
     assert "the patient is known of 56 of 56 images" in world["data"]
     assert "70/15/15 by group" in world["data"] and "patient" in world["predict"]
     assert "not for diagnosis" in world["predict"]
