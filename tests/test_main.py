@@ -472,9 +472,9 @@ def test_a_finished_run_stays_may_be_extended_and_is_restarted_when_asked(elsewh
     assert torch.load("runs/pretrain/encoder.pt", weights_only=True)["epoch"] == 0
     assert "another encoder" in refused(*probe, "2")
     assert "epochs 2, not 1" in refused(*probe, "1")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(heads, "task_features", interrupt)
-        assert main.main([*probe, "1", "--restart"]) == 130
+        main.main([*probe, "1", "--restart"])
     assert {path.name for path in Path("runs/probe-mine").iterdir()} == {"config.json", "notes.txt"}
 
 
@@ -490,7 +490,8 @@ def test_an_interrupted_comparison_keeps_its_fits_and_goes_on(elsewhere, monkeyp
         return interrupt() if len(fitted) == 4 else fit(*arguments)
 
     monkeypatch.setattr(heads, "fit", counted)
-    assert main.main(COMPARE) == 130
+    with pytest.raises(KeyboardInterrupt):
+        main.main(COMPARE)
     assert len(lines("runs/compare-mine/fits.jsonl")) == 3
     run(*COMPARE)
     run(*COMPARE)  # nothing is left to fit
@@ -549,12 +550,16 @@ def test_two_processes_share_a_run_and_one_goes_on_with_it(elsewhere):
     assert lines("two/log.jsonl")[0] == two[0] and len(lines("two/log.jsonl")) == 2
 
 
-def test_ctrl_c_is_one_line_and_status_130(elsewhere):
+def test_ctrl_c_is_one_line_and_status_130_while_importing_and_in_training(elsewhere):
+    Path("PIL").mkdir()
+    Path("PIL/__init__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     Path("program.py").write_text(PROGRAM)
-    words = [sys.executable, "-P", "program.py", *PRETRAIN, "1", "--out", "stopped"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 130
-    assert re.fullmatch("\n?interrupted; what is finished is kept[^\n]*\n", done.stderr)
+    importing = ([sys.executable, str(HERE / "main.py")], os.environ | {"PYTHONPATH": "."})
+    for command, environment in (importing, ([sys.executable, "-P", "program.py"], os.environ)):
+        words = [*command, *PRETRAIN, "1", "--out", "stopped"]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert done.returncode == 130
+        assert re.fullmatch("\n?interrupted; what is finished is kept[^\n]*\n", done.stderr)
 
 
 def test_importing_is_silent_and_draws_nothing_and_a_closed_pipe_is_quiet(elsewhere):
