@@ -57,32 +57,37 @@ JITTER_CHANCE = 0.8  # Chen et al., appendix A; they draw factors from 0.2 to 1.
 BRIGHTNESS = CONTRAST = (0.6, 1.4)  # factors
 BLUR_CHANCE = 0.5  # Chen et al., appendix A
 BLUR_SIGMA = (0.1, 2.0)  # pixels; Chen et al., appendix A
-ALL = slice(None)
+ALL = slice(None)  # the share of a process that is alone: every slice of the batch
 
 
 def matrices(top: Sequence, middle: Sequence) -> Tensor:
-    """(V, 3, 3) from their upper two rows, of numbers and (V,) tensors; the third is 0, 0, 1."""
+    """V matrices (V, 3, 3) from their upper rows, of numbers or (V,) tensors; below is 0, 0, 1."""
     entries = [torch.as_tensor(entry) for entry in (*top, *middle, 0.0, 0.0, 1.0)]
-    return torch.stack(torch.broadcast_tensors(*entries), dim=1).view(-1, 3, 3)
+    return torch.stack(torch.broadcast_tensors(*entries), dim=1).view(-1, 3, 3)  # from 9 x (V,)
 
 
 def random_matrices(between: Callable[[float, float], Tensor]) -> Tensor:
-    """From an output pixel to the point of the input it shows, both in [-1, 1]: (V, 3, 3).
+    """Where a view's pixels are taken from: matrices (V, 3, 3) from points of the view to points
+    of the image, both in [-1, 1].
 
-    Because they run backwards, the first matrix of the product is the first operation, the crop.
+    They run backwards, from the view to the image. So each one undoes its operation (to move an
+    image right, look further left), and the product begins with the first operation, the crop.
 
     Args:
         between: gives (V,) uniform numbers between two limits.
     """
     area = between(*CROP_AREA)
     ratio = between(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])).exp()
-    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    left, top = between(0, 1) * (1 - width), between(0, 1) * (1 - height)  # shares of the side
+    width = (area * ratio).sqrt().clamp(max=1)  # of the box, in sides of the image
+    height = (area / ratio).sqrt().clamp(max=1)
+    left = between(0, 1) * (1 - width)
+    top = between(0, 1) * (1 - height)
     mirror = torch.where(between(0, 1) < 0.5, -1.0, 1.0)  # left-right: no scan is upside down
+    # The last column is the middle of the box, left + width / 2, moved from [0, 1] to [-1, 1].
     crop = matrices((mirror * width, 0, 2 * left + width - 1), (0, height, 2 * top + height - 1))
     angle = torch.deg2rad(between(*ROTATION))
     rotation = matrices((angle.cos(), -angle.sin(), 0), (angle.sin(), angle.cos(), 0))
-    shift = matrices((1, 0, -2 * between(*SHIFT)), (0, 1, -2 * between(*SHIFT)))
+    shift = matrices((1, 0, -2 * between(*SHIFT)), (0, 1, -2 * between(*SHIFT)))  # 2 = a side
     scale = between(*SCALE)
     zoom = matrices((1 / scale, 0, 0), (0, 1 / scale, 0))
     shear = matrices((1, torch.deg2rad(between(*SHEAR)).tan(), 0), (0, 1, 0))
@@ -98,7 +103,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     pixel = torch.arange(images.shape[-1], device=images.device)
     distance = pixel[:, None] - pixel  # (S, S)
     B = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)[:, None, None]) ** 2)  # (V, S, S)
-    B = B * (distance.abs() <= max(1, len(pixel) // 20))
+    B = B * (distance.abs() <= max(1, len(pixel) // 20))  # half of the window on each side
     B = (B / B.sum(dim=2, keepdim=True))[:, None]  # (V, 1, S, S), rows add up to 1
     return B @ images @ B.mT  # (V, 1, S, S)
 
@@ -107,16 +112,17 @@ def one_view(images: Tensor, generator: Generator, share: slice, mean: float, st
     """One random view of each slice of a share; the arguments are those of `random_views`."""
 
     def between(low: float, high: float) -> Tensor:
-        """Uniform numbers, drawn for the whole batch; those of the share: (V,)."""
+        """Draw a uniform number for each slice of the batch; return those of the share, (V,)."""
         return low + (high - low) * torch.rand(len(images), generator=generator)[share]
 
     matrix = random_matrices(between).to(images.device)  # (V, 3, 3)
-    jittered, blurred = between(0, 1) < JITTER_CHANCE, between(0, 1) < BLUR_CHANCE
+    jittered = between(0, 1) < JITTER_CHANCE  # (V,) bool, as is the next one
+    blurred = between(0, 1) < BLUR_CHANCE
     brightness = torch.where(jittered, between(*BRIGHTNESS), 1.0).to(images.device)
     contrast = torch.where(jittered, between(*CONTRAST), 1.0).to(images.device)
     sigma = torch.where(blurred, between(*BLUR_SIGMA), 0.0).to(images.device)
 
-    x = images[share] / 255 if images.dtype == torch.uint8 else images[share]  # in [0, 1]
+    x = images[share] / (255 if images.dtype == torch.uint8 else 1)  # (V, 1, S, S), in [0, 1]
     grid = F.affine_grid(matrix[:, :2], x.shape, align_corners=False)  # (V, S, S, 2)
     x = F.grid_sample(x, grid, align_corners=False)  # (V, 1, S, S), bilinear, black outside
     x = (x * brightness[:, None, None, None]).clamp(0, 1)
@@ -138,7 +144,7 @@ def random_views(
         mean, std: of the normalisation, which comes last; 0.5 and 0.5 give [-1, 1].
 
     Returns:
-        view_a, view_b: (share, 1, S, S) float32.
+        view_a, view_b: (V, 1, S, S) float32, of the V slices of the share.
 
     Raises:
         ValueError: the images are not gray squares.
@@ -156,13 +162,19 @@ def random_views(
 
 
 def stage(block: type, in_channels: int, channels: int, depth: int, stride: int) -> nn.Sequential:
-    """`depth` blocks, of which the first one takes the stride."""
+    """`depth` blocks, of which the first one takes the stride and widens."""
     later = [block(channels * block.expansion, channels, 1) for _ in range(depth - 1)]
     return nn.Sequential(block(in_channels, channels, stride), *later)
 
 
 class ResNet(nn.Module):
-    """The encoder: four stages of BasicBlock or Bottleneck, global average pooling, no `fc`."""
+    """The encoder: four stages of blocks, global average pooling, no last layer (`fc`).
+
+    Args:
+        block: BasicBlock or Bottleneck (both below); it puts out `block.expansion` times the
+            channels that it is named by.
+        depths: how many blocks each stage has.
+    """
 
     def __init__(self, block: type, depths: tuple[int, int, int, int], in_channels: int) -> None:
         super().__init__()
@@ -181,8 +193,8 @@ class ResNet(nn.Module):
         """(N, C, H, W) float, normalised -> h: (N, E), not negative."""
         x = F.relu(self.bn1(self.conv1(x)))  # (N, 64, H/2, W/2)
         x = F.max_pool2d(x, 3, stride=2, padding=1)  # (N, 64, H/4, W/4)
-        x = self.layer2(self.layer1(x))  # (N, 2 x 64 x expansion, H/8, W/8)
-        x = self.layer4(self.layer3(x))  # (N, E, H/32, W/32)
+        x = self.layer2(self.layer1(x))  # (N, 128 x expansion, H/8, W/8)
+        x = self.layer4(self.layer3(x))  # (N, E = 512 x expansion, H/32, W/32)
         return x.mean(dim=(2, 3))  # (N, E)
 
 
@@ -257,24 +269,6 @@ def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float = 0.07) -> Tensor:
     return F.cross_entropy(logits, positive)
 
 
-def contrastive_statistics(z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
-    """How well the positives are found, and whether the projections have collapsed.
-
-    Args:
-        z_a, z_b: (N, D) projections.
-
-    Returns:
-        accuracy: () share of the 2N anchors whose most similar other view is their positive;
-            higher is better, chance is 1 / (2N - 1).
-        std: () standard deviation of the unit projections over the batch, averaged over D;
-            about 1 / sqrt(D) when they spread over the sphere, 0 when they have collapsed.
-    """
-    z = F.normalize(torch.cat([z_a, z_b]).float(), dim=1)  # (2N, D), unit rows
-    similarity = (z @ z.T).fill_diagonal_(-torch.inf)  # (2N, 2N), no view is its own match
-    positive = torch.arange(len(z), device=z.device).roll(len(z_a))  # (2N,)
-    return (similarity.argmax(dim=1) == positive).float().mean(), z.std(dim=0).mean()
-
-
 # ---------------------------------------------------------------------------------------------
 # Optimisation
 # ---------------------------------------------------------------------------------------------
@@ -338,6 +332,9 @@ def training_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The method: find the gradients of one batch, for the optimiser to take.
 
+    Where one process trains with the whole batch in memory, the four helpers do nothing: the share
+    is all, encode(f, x) is f(x), gather(z) is z. They stand at the end of this file.
+
     Args:
         networks: "encoder" and "projection_head".
         images: (N, 1, S, S) uint8.
@@ -347,13 +344,15 @@ def training_step(
     Returns:
         loss () float32; z_a, z_b (N, D); none with a graph.
     """
-    share = own_share(len(images))  # of many processes, the slices of this one; alone, all
+    networks.train()
+    share = own_share(len(images))  # of many processes, the slices of this one
     view_a, view_b = random_views(images, generator, share, settings.mean, settings.std)
     views = torch.cat([view_a, view_b])  # (2N, 1, S, S), one pass: batch norm sees both alike
     with torch.autocast(views.device.type, torch.bfloat16, enabled=bf16):
         h = encode(networks["encoder"], views, settings.chunk_size)  # (2N, E)
         z = networks["projection_head"](h)  # (2N, D)
-    z_a, z_b = [gather(half) for half in z.chunk(2)]  # (N, D) each, of all processes
+    z_a, z_b = z.chunk(2)  # (N, D) each
+    z_a, z_b = gather(z_a), gather(z_b)  # of all processes
     loss = nt_xent(z_a, z_b, settings.temperature)
     loss.backward()
     add_up_gradients(networks)  # of all processes
@@ -367,7 +366,7 @@ def training_step(
 
 def seed_from(*key: int) -> int:
     """One seed in [0, 2^63) from whole numbers >= 0; neighbouring keys give unrelated seeds."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1  # 64 to 63 bits
 
 
 def generator_for(*key: int) -> Generator:
@@ -407,11 +406,11 @@ def pretrain(
     total = settings.epochs * steps
     optimizer = prepare(networks, settings, device, bf16, resume)
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-        images = torch.tensor(images, device=device)  # else each batch is copied in its turn
+        images = torch.tensor(images, device=device)  # else copied batch by batch
     finished = resume["epoch"] if resume else 0
     for epoch in range(finished + 1, settings.epochs + 1):
-        networks.train()
-        began, sums = time.perf_counter(), torch.zeros(3, device=device)
+        began = time.perf_counter()
+        sums = torch.zeros(3, device=device)  # of loss, contrastive accuracy, embedding std
         # Step 0 of an epoch draws its order, step s >= 1 the views of its batch s.
         order = torch.randperm(len(rows), generator=generator_for(settings.seed, epoch, 0)).numpy()
         for step in progress(range(steps)):
@@ -428,11 +427,35 @@ def pretrain(
             optimizer.step()
             sums += torch.stack([loss, *contrastive_statistics(z_a, z_b)])
         mean_loss, accuracy, std = (sums / steps).tolist()  # waits for the device
-        seconds = time.perf_counter() - began
         record = {"epoch": epoch, "loss": mean_loss, "lr": lr, "contrastive_accuracy": accuracy}
-        record |= {"embedding_std": std, "images_per_second": steps * size / seconds}
-        state = {"epoch": epoch, "weights": networks.state_dict()}
-        yield record | {"seconds": seconds}, state | {"optimizer": optimizer.state_dict()}
+        record |= {"embedding_std": std, "seconds": time.perf_counter() - began}
+        record["images_per_second"] = steps * size / record["seconds"]
+        weights = networks.state_dict()
+        yield record, {"epoch": epoch, "weights": weights, "optimizer": optimizer.state_dict()}
+
+
+# ---------------------------------------------------------------------------------------------
+# What the log says of a step, besides the loss
+# ---------------------------------------------------------------------------------------------
+
+
+def contrastive_statistics(z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
+    """How well the positives are found, and whether the projections have collapsed.
+
+    Args:
+        z_a, z_b: (N, D) projections.
+
+    Returns:
+        accuracy: () share of the 2N anchors whose most similar other view is their positive;
+            higher is better, chance is 1 / (2N - 1).
+        std: () standard deviation of the unit projections over the batch, averaged over D;
+            about 1 / sqrt(D) when they spread over the sphere, 0 when they have collapsed.
+    """
+    z = F.normalize(torch.cat([z_a, z_b]).float(), dim=1)  # (2N, D), unit rows
+    similarity = (z @ z.T).fill_diagonal_(-torch.inf)  # (2N, 2N), no view is its own match
+    positive = torch.arange(len(z), device=z.device).roll(len(z_a))  # (2N,)
+    accuracy = (similarity.argmax(dim=1) == positive).float().mean()
+    return accuracy, z.std(dim=0).mean()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -441,9 +464,9 @@ def pretrain(
 
 
 def prepare(
-    networks: nn.ModuleDict, settings: Pretraining, device: torch.device, bf16: bool, state: dict
+    networks: nn.Module, settings: Pretraining, device: torch.device, bf16: bool, state: dict | None
 ) -> torch.optim.AdamW:
-    """Move the networks to the device and to a former state (None = as they are).
+    """Move the networks to the device and, where there is one, to a former state.
 
     On many GPUs batch norm takes its statistics over all of them, as over one batch; on CPUs,
     where torch has no such norm, each process has its own.
@@ -477,8 +500,8 @@ def memory_format(device: torch.device, bf16: bool) -> torch.memory_format:
     Measured with ResNet-18: with AVX-512 it costs 11 % in float32 and gains 17 % in bf16; with
     AVX2 alone it gains 10 to 40 % in float32.
     """
-    wide = device.type == "cpu" and "AVX512" in torch.backends.cpu.get_cpu_capability()
-    return torch.contiguous_format if wide and not bf16 else torch.channels_last
+    avx512 = device.type == "cpu" and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return torch.contiguous_format if avx512 and not bf16 else torch.channels_last
 
 
 # ---------------------------------------------------------------------------------------------
@@ -587,14 +610,12 @@ def encoder_checkpoint(encoder: ResNet, config: dict, epoch: int, seen: Tensor) 
             be tested on one of them.
     """
     weights = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
-    described = {key: config[key] for key in ("arch", "image_size", "mean", "std")}
-    described |= {"encoder": weights, "feature_dim": encoder.feature_dim}
-    return described | {"epoch": epoch, "config": config, "seen": seen}
+    checkpoint = {key: config[key] for key in ("arch", "image_size", "mean", "std")}
+    checkpoint |= {"encoder": weights, "feature_dim": encoder.feature_dim, "epoch": epoch}
+    return checkpoint | {"config": config, "seen": seen}
 
 
-def load_encoder(
-    path: Path, what: str = "an encoder.pt, as `python main.py pretrain` makes it"
-) -> tuple[ResNet, dict]:
+def load_encoder(path: Path, what: str = "an encoder of `main.py pretrain`") -> tuple[ResNet, dict]:
     """Read encoder.pt (or classifier.pt, which holds one too) into a ResNet on the CPU.
 
     Every parameter has to be there, of its own name and shape: an encoder loaded in part would
@@ -610,10 +631,8 @@ def load_encoder(
     with one_line(f"{path} is no encoder.pt of this program"):
         encoder = ARCHITECTURES[checkpoint["arch"]]()
         encoder.load_state_dict(checkpoint["encoder"])
-        for key in ("mean", "std", "epoch", "config", "seen"):
+        for key in ("image_size", "mean", "std", "epoch", "config", "seen"):
             checkpoint[key]  # a KeyError names what is missing
-        if not 32 <= checkpoint["image_size"] <= 1024:
-            raise ValueError(f"image_size {checkpoint['image_size']}")
     return encoder, checkpoint
 
 
@@ -657,11 +676,11 @@ def init_encoder(arch: str, init: str) -> tuple[ResNet, float, float]:
 def encode(encoder: ResNet, views: Tensor, chunk_size: int | None) -> Tensor:
     """The representations of a batch, (2N, E), in the memory of one chunk (1604.06174; 2101.06983).
 
-    The loss sees the encoder through h alone, and h is small. So `recomputed` encodes each chunk
-    without keeping its activations; the loss is that of the whole batch, all its negatives
-    included; and on the way back each chunk is encoded once more, with activations, to carry its
-    rows of dL/dh to the weights. The gradients are those of the plain step, and the price is one
-    more forward pass.
+    The loss sees the encoder through h alone, and h is small. So `recomputed` (torch's checkpoint)
+    encodes each chunk without keeping its activations; the loss is that of the whole batch, all its
+    negatives included; and on the way back each chunk is encoded once more, with activations, to
+    carry its rows of dL/dh to the weights. The gradients are those of the plain step, and the price
+    is one more forward pass.
 
     Batch norm sees a chunk where it would see the batch, and its running statistics move twice.
 
@@ -683,8 +702,9 @@ def encode(encoder: ResNet, views: Tensor, chunk_size: int | None) -> Tensor:
 
 def rank_and_world() -> tuple[int, int]:
     """Which process this is, and of how many; (0, 1) where it is alone."""
-    together = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def own_share(N: int) -> slice:

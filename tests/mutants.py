@@ -1,6 +1,6 @@
 """Plant small faults, one by one, and see that each turns a test red.
 
-    python tests/mutants.py [WORD ...]
+    python tests/mutants.py [WORD ...]    # those alone whose module or description holds a word
 
 A test that nothing can fail proves nothing. Each fault in tests/mutants.txt is a change to a copy
 of the code, on which the named tests have to fail. Before that they run without any fault, and have
@@ -9,16 +9,12 @@ to pass: a fault "found" by a test that is red anyway is not found. `.ci/run` ru
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-
-# Imported before the processes part, so that each of them starts in no time.
-import numpy  # noqa: F401
-import pytest
-import torch  # noqa: F401
 
 HERE = Path(__file__).parent.parent
 
@@ -26,9 +22,9 @@ HERE = Path(__file__).parent.parent
 class Fault(NamedTuple):
     """`old`, which stands in a module once, becomes `new`."""
 
-    what: str
     module: str
     named: str  # tests of tests/test_<module>.py, as pytest's -k takes them
+    what: str
     old: str = ""
     new: str = ""
 
@@ -41,83 +37,44 @@ def read_faults() -> list[Fault]:
         module, named, what = title.split(": ")
         old = "\n".join(line[2:] for line in changes if line[0] == "-")
         new = "\n".join(line[2:] for line in changes if line[0] == "+")
-        faults.append(Fault(what, module, named, old, new))
+        assert (HERE / f"{module}.py").read_text().count(old) == 1, f"not there once: {what}"
+        faults.append(Fault(module, named, what, old, new))
     return faults
 
 
-def in_a_process(work: Callable[..., int], *arguments: object) -> int:
-    """Begin some work in a process of its own; its status is what the work returns."""
-    pid = os.fork()
-    if not pid:
-        status = 99
-        try:
-            status = work(*arguments)
-        finally:
-            os._exit(status)
-    return pid
+def run_tests(fault: Fault) -> tuple[int, str]:
+    """Run a fault's tests on a copy of the code that has it; pytest's status, and its output."""
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(HERE / "tests", f"{place}/tests", ignore=shutil.ignore_patterns("__py*"))
+        for file in HERE.glob("*.py"):
+            shutil.copy(file, place)
+        module = Path(place, f"{fault.module}.py")
+        module.write_text(module.read_text().replace(fault.old, fault.new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command += [f"tests/test_{fault.module}.py", "-k", fault.named]
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
 
 
-def status_of(pid: int) -> int:
-    """Wait for a process."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def test(fault: Fault, place: str, output: str) -> int:
-    """Run a fault's tests on a copy of the code that has it; pytest's exit status."""
-    for file in [*HERE.glob("*.py"), *HERE.glob("tests/*.py")]:
-        copy = Path(place, file.relative_to(HERE))
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copy(file, copy)
-    os.chdir(place)
-    module = Path(f"{fault.module}.py")
-    if fault.old:
-        text = module.read_text()
-        if text.count(fault.old) != 1:
-            return 98
-        module.write_text(text.replace(fault.old, fault.new))
-    for stream in (1, 2):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    names = [f"tests/test_{fault.module}.py", "-k", fault.named]
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *names]))
-
-
-def plant(faults: list[Fault]) -> int:
-    """Test faults one after the other, and print what became of each; how many were not found."""
+def main() -> None:
+    """Plant the faults; status 1 if one was not found."""
+    faults, named = [], {}
+    for fault in read_faults():
+        if not sys.argv[1:] or any(word in f"{fault.module} {fault.what}" for word in sys.argv[1:]):
+            faults.append(fault)
+            named.setdefault(fault.module, []).append(fault.named)
+    unchanged = [Fault(module, " or ".join(names), "") for module, names in named.items()]
     missed = 0
-    for fault in faults:
-        with tempfile.TemporaryDirectory() as place:
-            output = Path(place, "output")
-            status = status_of(in_a_process(test, fault, place, str(output)))
-            expected = 1 if fault.old else 0  # 1: tests failed; all else: passed, or did not run
-            missed += status != expected
-            verdict = "as it has to be" if status == expected else f"NOT SO: status {status}"
-            print(f"{'red' if fault.old else 'green'}, {verdict}: {fault.what}", flush=True)
-            if status and not fault.old:
-                print(output.read_text())
-    return missed
-
-
-def share(faults: list[Fault]) -> int:
-    """Test faults on all cores; how many were not found."""
-    cores = os.cpu_count() or 1
-    workers = [in_a_process(plant, faults[k::cores]) for k in range(cores)]
-    return sum([status_of(pid) for pid in workers])
-
-
-def main() -> int:
-    """Plant all faults, or those whose names hold a given word; status 1 if one was not found."""
-    words = sys.argv[1:]
-    faults = [f for f in read_faults() if not words or any(word in f.what for word in words)]
-    named = {}
-    for fault in faults:
-        named.setdefault(fault.module, []).append(fault.named)
-    unchanged = [Fault(f"{module}.py", module, " or ".join(n)) for module, n in named.items()]
-    if share(unchanged):
-        sys.exit("tests are red without any fault: they find nothing")
-    missed = share(faults)
-    print(f"{missed} of {len(faults)} faults were not found")
-    return int(missed > 0)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for status, output in pool.map(run_tests, unchanged):
+            if status:
+                sys.exit(f"{output}\ntests are red without any fault: they find nothing")
+        for fault, (status, output) in zip(faults, pool.map(run_tests, faults), strict=True):
+            found = status == 1  # tests failed; all else: they passed, or did not run
+            missed += not found
+            print(f"{'red' if found else f'NOT RED, {output}'}: {fault.what}", flush=True)
+    sys.exit(f"{missed} of {len(faults)} faults were not found" if missed else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
