@@ -72,7 +72,7 @@ NEAR_EMPTY = 0.1  # a slice with less in it than this share of the fullest slice
 LESION_AREA = 7.0  # mm^2 in a slice: a disc of 3 mm, the least that counts as a lesion of MS
 
 # These weigh speed alone.
-CACHE_VERSION = 14  # raise it when reading or the phantoms change: old caches are left alone
+CACHE_VERSION = 15  # raise it when reading or the phantoms change: old caches are left alone
 FEW = 64  # so few files are decoded before other processes have started
 BLOCK = 256  # thumbnails compared with all others at once: 0.3 GB for 100,000
 
@@ -1355,8 +1355,9 @@ def draw_phantom(name: str) -> tuple[np.ndarray, np.ndarray]:
     scalp, bone, fluid, cortex, white = person.normal(1, 0.08, 5) * PHANTOM_TISSUES[task]
     # u runs to the viewer's right, v down, r from 0 in the middle of the head to 1 on the scalp.
     y, x = np.mgrid[-1 : 1 : PHANTOM_SIZE * 1j, -1 : 1 : PHANTOM_SIZE * 1j]
-    turn = person.normal(0, 0.10) + moment.normal(0, 0.02)  # radians
-    size = person.uniform(0.70, 0.95) * (1 - 0.05 * level**2)
+    x, y = x - person.normal(0, 0.06), y - person.normal(0, 0.06)
+    turn = person.normal(0, 0.18) + moment.normal(0, 0.04)  # radians
+    size = person.uniform(0.62, 0.90) * (1 - 0.05 * level**2)
     # Outlines vary this much so that no patient is a near-duplicate of another.
     u = (x * np.cos(turn) + y * np.sin(turn)) / (size * person.uniform(0.72, 0.90))
     v = (y * np.cos(turn) - x * np.sin(turn)) / (size * person.uniform(0.92, 1.04))
@@ -1372,7 +1373,7 @@ def draw_phantom(name: str) -> tuple[np.ndarray, np.ndarray]:
         paint(image, horn, fluid)
         lesion |= (horn > 0) & (stage > 0)
     drift_x, drift_y = person.normal(0, 0.12, 2)
-    contrast, gain, noise = person.uniform((0.8, 0.8, 0.015), (1.25, 1.05, 0.05))
+    contrast, gain, noise = person.uniform((0.7, 0.5, 0.015), (1.4, 1.05, 0.05))
     if label in PHANTOM_LESIONS:
         most, distances, radii, brighter = PHANTOM_LESIONS[label]
         for _ in range(person.integers((most + 1) // 2, most + 1)):

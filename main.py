@@ -67,7 +67,12 @@ import simclr
 RUNS = Path("runs")
 CACHE = RUNS / "cache"
 # On the phantoms a command takes minutes on a laptop; these settings, and no others, differ there.
-PHANTOM_DEFAULTS = {"image_size": 64, "batch_size": 32, "epochs": 12}
+PHANTOM_DEFAULTS = {
+    "data": {"image_size": 64},
+    "pretrain": {"image_size": 64, "batch_size": 32, "epochs": 12, "lr": 1e-3, "temperature": 0.2},
+    "finetune": {"image_size": 64, "epochs": 12},
+    "compare": {"epochs": 12},
+}
 KNN_EVERY = 5  # epochs of a pretraining between two looks at what the features are worth
 ENOUGH_STEPS = 2000  # with fewer pretraining hardly pays (docs/results.md)
 MAX_UNREADABLE = 5  # images; more than these, if they are more than 1 % too, stop a run
@@ -998,11 +1003,6 @@ COMMANDS = {  # each with its own flags, and what their defaults are there; all 
 }
 
 
-def phantom_defaults(command: str) -> dict[str, int]:
-    """What is else without --data; a probe's epochs are not, as they take no time anywhere."""
-    return {} if command == "probe" else PHANTOM_DEFAULTS
-
-
 def build_parser() -> Parser:
     """The parser of all commands; a command's help is its function's first line."""
     parser = Parser(prog="main.py", description=f"SimCLR for brain scans. {CAUTION}")
@@ -1011,14 +1011,15 @@ def build_parser() -> Parser:
         summary = run.__doc__.splitlines()[0]
         command = adding.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         command.set_defaults(run=run)
+        on_phantoms = PHANTOM_DEFAULTS.get(name, {})
         for word in f"{flags} {COMMON}".split():
             flag, _, default = word.partition("=")
             options, key = dict(FLAGS[flag]), flag[2:].replace("-", "_")
             default = default or options.get("default")
             if default is not None:
                 shown = str(default).strip("[]")
-                if key in phantom_defaults(name):
-                    shown += f"; {PHANTOM_DEFAULTS[key]} on phantoms"
+                if key in on_phantoms:
+                    shown += f"; {on_phantoms[key]} on phantoms"
                 options |= {"default": default, "help": f"{options['help']} [{shown}]"}
             command.add_argument(flag, **options)
     return parser
@@ -1044,8 +1045,8 @@ def parse(argv: list[str]) -> Namespace:
     # Runs on phantoms lie apart, so that no default encoder is of the other kind.
     args.runs = RUNS / "phantoms" if args.phantoms else RUNS
     if args.phantoms:
-        for key, value in phantom_defaults(args.command).items():
-            if key in args and not was_typed(args, key):
+        for key, value in PHANTOM_DEFAULTS.get(args.command, {}).items():
+            if not was_typed(args, key):
                 setattr(args, key, value)
     if args.command == "finetune" and not args.from_scratch:
         if any(was_typed(args, key) for key in ("arch", "init", "image_size")):

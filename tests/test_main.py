@@ -53,7 +53,10 @@ def shrink(setattr=setattr) -> None:
     shallow = partial(simclr.ResNet, simclr.BasicBlock, (1, 1, 1, 1), 1)
     setattr(simclr, "ARCHITECTURES", {"resnet18": shallow})
     setattr(data, "PHANTOM_PATIENTS", 3)
-    setattr(main, "PHANTOM_DEFAULTS", {"image_size": 32, "batch_size": 32, "epochs": 1})
+    for defaults in main.PHANTOM_DEFAULTS.values():
+        for key, value in {"image_size": 32, "epochs": 1}.items():
+            if key in defaults:
+                defaults[key] = value
     setattr(heads, "LEAST_STEPS", 2)
     short = make_dataclass("Probing", [("epochs", int, 3)], bases=(heads.Probing,), frozen=True)
     setattr(heads, "Probing", short)
@@ -581,7 +584,7 @@ def test_importing_is_silent_and_draws_nothing_and_a_closed_pipe_is_quiet(elsewh
 
 
 def test_help_states_the_defaults_of_its_own_command(capsys):
-    small = main.PHANTOM_DEFAULTS["epochs"]
+    small = main.PHANTOM_DEFAULTS["pretrain"]["epochs"]
     for command, default in {"pretrain": f"200; {small} on phantoms", "probe": "150"}.items():
         with pytest.raises(SystemExit):
             main.main([command, "--help"])
