@@ -53,10 +53,10 @@ def shrink(setattr=setattr) -> None:
     shallow = partial(simclr.ResNet, simclr.BasicBlock, (1, 1, 1, 1), 1)
     setattr(simclr, "ARCHITECTURES", {"resnet18": shallow})
     setattr(data, "PHANTOM_PATIENTS", 3)
-    for defaults in main.PHANTOM_DEFAULTS.values():
-        for key, value in {"image_size": 32, "epochs": 1}.items():
-            if key in defaults:
-                defaults[key] = value
+    small = {"image_size": 32, "epochs": 1}
+    pretraining = small | {"batch_size": 32}
+    defaults = {"data": {"image_size": 32}, "pretrain": pretraining, "finetune": small}
+    setattr(main, "PHANTOM_DEFAULTS", defaults | {"compare": {"epochs": 1}})
     setattr(heads, "LEAST_STEPS", 2)
     short = make_dataclass("Probing", [("epochs", int, 3)], bases=(heads.Probing,), frozen=True)
     setattr(heads, "Probing", short)
