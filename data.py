@@ -1,4 +1,4 @@
-"""Turn a folder of brain scans into images, groups and splits in which nobody is on two sides.
+"""Turn a folder of brain scans into images, groups and splits: no patient is in two splits.
 
 Three ideas carry this file. (1) An image is decoded once, to a small gray square of bytes;
 everything later reads that array. (2) Images that belong together (one patient, or near-duplicates)
@@ -8,7 +8,7 @@ read by its names alone: what names a publisher's split, a patient or packaging 
 path, and what is left is .../<task>/<class>.
 
     near-duplicates:  cos(t, t') >= 0.98  or  cos(t, mirror(t')) >= 0.98,
-                      t = the image squashed to 32x32 - its mean
+                      t = the image squashed to 32x32, its mean subtracted
     one group:        equal pixels · one patient · near-duplicates, unless both patients are known ·
                       neighbours in a numbered series · a copy (aug_x_3) and its original (x)
 
@@ -362,7 +362,7 @@ def shard_images(path: Path) -> Iterator[tuple[str, np.ndarray | Exception]]:
     Raises:
         OSError, ValueError: it is no such shard.
     """
-    from pyarrow import parquet  # no package of ours: `load` says so where it is missing
+    from pyarrow import parquet  # no package of ours: `open_folder` says where it is missing
 
     with parquet.ParquetFile(path) as shard:
         about = json.loads((shard.schema_arrow.metadata or {}).get(b"huggingface", "{}"))
@@ -596,15 +596,19 @@ def open_folder(root: Path, labels: Path | None) -> tuple[list[str], list[str]]:
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; --data takes the folder that holds the scans")
-    files, endings, notices = [], Counter(), []
+    files, endings, notices, masks = [], Counter(), [], 0
     for path in files_below(root):
         endings[path.suffix.lower()] += 1
-        if SCAN.search(path.name) and not MASK.search(path.name):
+        if SCAN.search(path.name) and MASK.search(path.name):
+            masks += 1
+        elif SCAN.search(path.name):
             files.append(path.relative_to(root).as_posix())
     if not files:
         raise UserError(f"no images below {root}; expected {root}/<task>/<class>/*.png, or others")
     if endings[".parquet"] and not find_spec("pyarrow"):
         raise UserError(f"{root} holds parquet shards; to read them: pip install pyarrow")
+    if masks:
+        notices.append(f"masks by their names (mask, seg, roi, label) are not read: {masks} files")
     if endings[".dcm"]:
         notices.append(f"{endings['.dcm']} DICOM files are not read; dcm2niix makes volumes")
     if not labels and endings[".csv"] + endings[".tsv"]:
@@ -630,7 +634,7 @@ TASK_IN_NAME = re.compile(r"tumor|stroke|alzheimer|parkinson|(?<![a-z])ms(?![a-z
 CLASS_ENDING = re.compile(r"(?<!no)(tumor|demented|dementia)$")
 SPELLINGS = {"nostroke": "normal", "nolesion": "no-lesion", "verymild": "very_mild"}
 # How folders, shards (train-00000-of-1.parquet) and tables name a publisher's splits.
-PUBLISHED = re.compile(r"(train|test|val)(ing|id|idation)?((-.*)?\.parquet)?", re.I | re.S)
+PUBLISHED = re.compile(r"(train|test|val)(ing|idation|id)?((-.*)?\.parquet)?", re.I | re.S)
 # Folders that name neither task nor class, such as those of BIDS and of Hugging Face.
 PACKAGING = re.compile(r"(?i)ses-\w+|anat|dwi|func|perf|data|dataset|images|augment.*")
 # Patients as public sets name them; what a pattern cannot know, --patient-pattern or --labels says.
@@ -645,7 +649,7 @@ PATIENT = re.compile(
     | \d{3}_s_\d{4}                # ADNI: 002_S_1002
     | tcga-\w{2}-\w{4}             # TCGA-02-0049
     | brats\d*(?:[-_][a-z]+)?[-_]\d+  # BraTS20_Training_001, BraTS-GLI-00001-000
-    | \d{3,}(?=/)                  # a folder called 0001
+    | (?<![^/])\d{3,}(?=/)         # a folder called 0001, not one called series_001
     | [^/]+/\d+(?=\ \(\d+\)\.\w+$)  # Normal/58 (1).jpg: numbers begin anew in each class
     )"""
 )
@@ -675,7 +679,7 @@ def find_capture(path: str, pattern: re.Pattern | None) -> re.Match | None:
     >>> find_capture("a/H12_3.png", re.compile("(H[0-9]+)_"))[1]
     'H12'
     """
-    match = pattern.search(path) if pattern and pattern.groups else None
+    match = pattern.search(path) if pattern else None
     return match if match and match[1] else None
 
 
@@ -755,7 +759,8 @@ def holds_classes(folder: tuple[str, ...], tree: dict[tuple[str, ...], set[str]]
     names = beside.union(folder, *inside)
     if names & KNOWN_CLASSES or TASK_IN_NAME.search(" ".join(names).lower()):
         return False
-    return any(inner != inside[0] for inner in inside)
+    folds = inside and all(inner == inside[0] for inner in inside) and len(inside[0]) > 1
+    return bool(inside) and not folds
 
 
 def read_names(study: Study, root_name: str, pattern: re.Pattern | None) -> None:
@@ -842,19 +847,23 @@ def read_table(path: Path, study: Study, root_name: str) -> None:
         columns = set(table.fieldnames or ())
         if not {"path", "label"} <= columns:
             raise UserError(f"{path} has the columns {sorted(columns)}; it needs path and label")
-        lines = {line["path"].removeprefix("./"): line for line in table}
+        lines = {}
+        for line in table:
+            name = line["path"].removeprefix("./")
+            if lines.setdefault(name, line) != line:
+                raise UserError(f"{path} has two rows for {name!r}; which is right?")
     names = study.images.names
     split_of = {}  # patient -> the split that the table gives him
     if not set(lines) & set(names):
         raise UserError(f"{path} has a row for none of {len(names)} images, such as {names[0]!r}")
     for row, name in enumerate(names):
         line = lines.get(name, {})
-        study.label[row] = line.get("label", "")
+        study.label[row] = line.get("label", "").strip()
         task = line.get("task") or study.task[row] or root_name
         study.task[row] = task.replace("/", "_") if study.label[row] else ""
         study.patients[row] = patient = line.get("patient") or study.patients[row]
         if "split" in columns:
-            split = PUBLISHED.sub(r"\1", line.get("split", "").lower())  # Testing -> test
+            split = PUBLISHED.sub(r"\1", line.get("split", "").strip().lower())  # Testing -> test
             if split not in ("", "train", "val", "test", "dropped"):
                 raise UserError(f"{path}: {name!r} has the split {split!r}, not train, val or test")
             study.published[row] = split
@@ -874,8 +883,8 @@ def read_table(path: Path, study: Study, root_name: str) -> None:
 NUMBERED = r"([^/]*\w)[-_ .]\(?\d+\)?\.\w+$"  # H12_3.png: who, then a number
 
 
-def propose_pattern(names: list[str]) -> str:
-    """A --patient-pattern for file names whose beginnings repeat (H12_3.png), '' if none do.
+def numbered_by_patient(names: list[str]) -> bool:
+    """Whether NUMBERED may be the --patient-pattern: beginnings of names repeat (H12_3.png).
 
     A beginning that many names share (Tr-gl) is a series, not a patient: none may hold a
     twentieth of all names. It is proposed and not used, because nobody but the user can know.
@@ -883,8 +892,7 @@ def propose_pattern(names: list[str]) -> str:
     matches = [re.search(NUMBERED, name) for name in names]
     beginnings = Counter(match[1] for match in matches if match)
     repeated = [count for count in beginnings.values() if count > 1]
-    fits = sum(repeated) > 0.8 * len(names) and max(repeated) < 0.05 * len(names)
-    return NUMBERED if fits else ""
+    return sum(repeated) > 0.8 * len(names) and max(repeated) < 0.05 * len(names)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1018,7 +1026,10 @@ def neighbours_in_series(study: Study, groups: np.ndarray) -> list[list[int]]:
 
 
 # Words by which publishers name copies they have made to have more images. One of them is enough.
-COPY_WORD = re.compile(r" ?\b(?:aug|rot|flip|mirror|copy|nois|crop|bright)[a-z]*\d*\b ?")  # rot90
+COPY_WORD = re.compile(
+    r" ?\b(?:aug(?:mented)?|rot(?:ated?|ation)?|flip(?:ped)?|mirror(?:ed)?|copy|nois[ey]"
+    r"|crop(?:ped)?|bright(?:er|ness)?)\d*\b ?"  # rot90, but not rotterdam
+)
 
 
 def find_originals(names: list[str], labels: np.ndarray) -> list[tuple[int, int]]:
@@ -1281,7 +1292,7 @@ def refuse_leak(study: Study, task: Task, seen: np.ndarray) -> None:
 # Phantoms: brain slices drawn by code, so that everything runs, and is tested, without any data
 # ---------------------------------------------------------------------------------------------
 
-# How many there are weighs on the minutes of a run alone; three slices make a patient a group.
+# More of them cost minutes; three slices make a patient a group.
 PHANTOM_SIZE = 128  # pixels a side
 PHANTOM_PATIENTS, PHANTOM_SLICES = 64, 3  # per class, per patient
 
@@ -1339,8 +1350,8 @@ def paint(image: np.ndarray, depth: np.ndarray, value: float) -> None:
 def draw_phantom(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Draw the phantom called `name`; the same name always gives the same pixels.
 
-    Head shape, folding, contrast, gain and the lesion belong to the patient; level in the head,
-    pose and noise to the slice. The image is axial, front up.
+    Head shape, folding, place, contrast, gain and the lesion belong to the patient; level in the
+    head, noise and a little of the turn to the slice. The image is axial, front up.
 
     Returns:
         (image (128, 128) uint8, lesion (128, 128) bool, True = diseased). In Alzheimer's disease
@@ -1386,8 +1397,7 @@ def draw_phantom(name: str) -> tuple[np.ndarray, np.ndarray]:
             lesion |= mass > 0
     # The scanner: gain that drifts across the head, contrast, and Rician noise, as MRI has it.
     image = gain * np.clip(image * (1 + drift_x * x + drift_y * y), 0, 1.2) ** contrast
-    real, imaginary = moment.normal(0, noise, (2, *image.shape))
-    image = np.hypot(image + real, imaginary)
+    image = np.hypot(image + moment.normal(0, noise, u.shape), moment.normal(0, noise, u.shape))
     return (np.clip(image, 0, 1) * 255).astype(np.uint8), lesion
 
 
@@ -1436,7 +1446,7 @@ def load(
     if labels:
         read_table(labels, study, root_name)
     group_images(study)
-    if not study.patients.any() and propose_pattern(names):
+    if not study.patients.any() and numbered_by_patient(names):
         notices.append(f"names repeat; are they patients? --patient-pattern '{NUMBERED}'")
     # The groups are the whole folder's, the splits each task's: one person may stand in two tasks.
     for name in sorted(set(study.task) - {""}):

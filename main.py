@@ -74,7 +74,7 @@ PHANTOM_DEFAULTS = {
     "compare": {"epochs": 12},
 }
 KNN_EVERY = 5  # epochs of a pretraining between two looks at what the features are worth
-ENOUGH_STEPS = 2000  # with fewer pretraining hardly pays (docs/results.md)
+ENOUGH_STEPS = 2000  # features still became better up to there (docs/results.md)
 MAX_UNREADABLE = 5  # images; more than these, if they are more than 1 % too, stop a run
 EXPLAINED = 32  # images explained at once, and images whose maps are made again, weights shuffled
 SPLITS = ("train", "val", "test", "dropped")
@@ -83,12 +83,11 @@ SHUFFLED = ["head", "encoder.layer4", "encoder.layer3", "encoder.layer2", "encod
 # Which process this is and of how many, as torchrun says; only the first one writes and prints.
 RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-UNFINISHED = ".*.tmp"  # files whose writing was killed
 # What commands write, and --restart deletes; nothing else that lies there.
 RUN_FILES = "config.json metrics.json log.jsonl fits.jsonl checkpoint.pt encoder.pt classifier.pt "
 RUN_FILES += "report.md table.md table.csv splits.csv predictions.csv explain.csv index.html "
 RUN_FILES += "curve.png confusion.png roc.png reliability.png leak.png label_efficiency.png "
-RUN_FILES += "[0-9][0-9][0-9][0-9][0-9]-map.png " + UNFINISHED
+RUN_FILES += "[0-9][0-9][0-9][0-9][0-9]-map.png"
 # Values in `args` that decide no result: they may differ between two starts of one run.
 NO_SETTINGS = "run runs typed out restart device precision data paths label_fractions seeds "
 NO_SETTINGS += "config pretraining"
@@ -176,7 +175,7 @@ def load_study(args: Namespace) -> data.Study:
     Raises:
         UserError: the data cannot be read, or too many of its images.
     """
-    if args.labels and args.labels.suffix not in (".csv", ".tsv"):
+    if args.labels and args.labels.suffix.lower() not in (".csv", ".tsv"):
         raise data.UserError(f"--labels {args.labels} is no table: give a .csv or .tsv")
     pattern = re.compile(args.patient_pattern) if args.patient_pattern else None
     if RANK:
@@ -279,9 +278,11 @@ def open_run(args: Namespace, name: str, images: data.Images, /, **more: object)
     args.config = describe_run(args, images, more)
     with data.lock_folder(args.out) if RANK == 0 else nullcontext():
         if RANK == 0:
-            outdated = RUN_FILES if args.restart else UNFINISHED
-            for pattern in outdated.split():
-                for file in args.out.glob(pattern):
+            for name in RUN_FILES.split():
+                outdated = [*args.out.glob(f".{name}.*.tmp")]  # their writing was killed
+                if args.restart:
+                    outdated += args.out.glob(name)
+                for file in outdated:
                     file.unlink()
             refuse_other_settings(args)
             write(args, {"config.json": args.config})
@@ -480,9 +481,9 @@ def plan_steps(args: Namespace, study: data.Study, n: int) -> None:
     steps = args.epochs * (n // args.batch_size)
     say(f"  {counted(args.epochs, 'epoch')}, {counted(steps, 'step')} of {args.batch_size} images")
     if args.data and 0 < steps < ENOUGH_STEPS:
-        size = min(args.batch_size, max(2, n // 8))
+        size = min(args.batch_size, 128, max(2, n // 8))
         tip = f"--batch-size {size} --epochs {math.ceil(ENOUGH_STEPS / (n // size))}"
-        say(f"  few steps: pretraining pays from about {ENOUGH_STEPS:,} on; try {tip}")
+        say(f"  few steps: features become better up to about {ENOUGH_STEPS:,}; try {tip}")
 
 
 def with_knn(args: Namespace, epochs: Iterator, encoder: simclr.ResNet, study: data.Study):
@@ -602,6 +603,8 @@ def finetune(args: Namespace) -> None:
     kind, answer, lrs = "finetune", "fine-tuned", (args.lr,)
     if args.from_scratch:
         kind, answer = "scratch", "from scratch"
+        if args.init != "random":
+            answer = f"supervised, from {args.init}"
     if args.from_scratch and not was_typed(args, "lr"):
         lrs = heads.SCRATCH_LRS
     args.head = "fc"
@@ -729,22 +732,27 @@ def read_model(args: Namespace) -> tuple[heads.Classifier, dict]:
     return classifier, checkpoint
 
 
+def load_like(args: Namespace, checkpoint: dict) -> data.Study:
+    """Read --data with a former run's own --patient-pattern, unless that finds nobody here."""
+    typed, own = args.patient_pattern, checkpoint["config"].get("patient_pattern")
+    args.patient_pattern = typed or own
+    try:
+        return load_study(args)
+    except data.UserError as error:
+        if typed or not own:
+            raise
+        say(f"without the --patient-pattern of {checkpoint['config']['command']}: {error}")
+        args.patient_pattern = None
+        return load_study(args)
+
+
 def unseen_images(args: Namespace, checkpoint: dict) -> tuple[data.Study, data.Task]:
     """Read --data as a test set: the classifier's own task and --patient-pattern unless typed.
 
     Returns:
         The data; the task, whose split is "test" for what the classifier has not seen.
     """
-    typed, own = args.patient_pattern, checkpoint["config"].get("patient_pattern")
-    args.patient_pattern = typed or own
-    try:
-        study = load_study(args)
-    except data.UserError as error:
-        if typed or not own:
-            raise
-        say(f"without the classifier's own pattern of patients: {error}")
-        args.patient_pattern = None
-        study = load_study(args)
+    study = load_like(args, checkpoint)
     if args.task is None and checkpoint["task"] in study.tasks:
         args.task = checkpoint["task"]
     task = heads.unseen_task(study, find_task(args, study), checkpoint)
@@ -766,7 +774,7 @@ def score_elsewhere(args: Namespace) -> None:
         constant = np.tile(shares, (len(labels), 1))
         answers = {"this classifier": probs, "always the commonest class": constant}
         conclude(args, result_files(study, task, answers, checkpoint["temperature"], None))
-    say_next(["explain", *data_flags(args), "--model", str(args.model)])
+    say_next(["explain", *data_flags(args), "--task", task.name, "--model", str(args.model)])
 
 
 def read_paths(args: Namespace, checkpoint: dict) -> tuple[data.Images, np.ndarray, list[str]]:
@@ -823,7 +831,8 @@ def explain(args: Namespace) -> None:
     if args.image_size <= simclr.STRIDES[args.layer]:
         size = f"images of {args.image_size} pixels have one cell in {args.layer}"
         raise data.UserError(f"{size}, so no map; give an earlier --layer")
-    if args.paths and args.data:
+    reading = args.data or args.labels or args.patient_pattern or args.resplit or args.task
+    if args.paths and reading:
         raise data.UserError("give --data (its test images are explained) or files, not both")
     if args.paths:
         images, rows, patients = read_paths(args, checkpoint)
@@ -893,10 +902,9 @@ def embed(args: Namespace) -> None:
     encoder, checkpoint = read_encoder(args)
     config = checkpoint["config"]
     args.resplit = args.resplit or config.get("resplit", False)
-    args.patient_pattern = args.patient_pattern or config.get("patient_pattern")
     if config.get("labels") and not args.labels:
         args.labels = Path(config["labels"])
-    study = load_study(args)
+    study = load_like(args, checkpoint)
     names = np.array(study.images.names)
     labels, tasks, splits = np.full((3, len(names)), "", object)  # (n,) str each
     for task in study.tasks.values():
@@ -933,12 +941,13 @@ class Parser(ArgumentParser):
 def between(kind: type, low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number of a kind, from `low` to `high`."""
 
-    def number(text: str) -> float:  # of a word argparse says: invalid number value
+    def number(text: str) -> float:  # argparse says: invalid <its name> value
         value = kind(text)
         if not low <= value <= high:
             raise ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return value
 
+    number.__name__ = "whole number" if kind is int else "number"
     return number
 
 
@@ -955,30 +964,31 @@ def pattern(text: str) -> str:
 
 HEADS, SHARES = ["cosine_mlp", "linear"], [0.01, 0.1, 1.0]
 PRECISIONS, DEVICES = ["auto", "bf16", "fp32"], ["auto", "cpu", "cuda", "mps"]
-COUNT, RATE, SHARE = between(int, 1, 10**6), between(float, 1e-9, 1e3), between(float, 1e-6, 1)
+COUNT, SEED = between(int, 1, 10**6), between(int, 0, 2**63 - 1)
+RATE, SHARE = between(float, 1e-9, 1e3), between(float, 1e-6, 1)
 FLAGS = {  # `build_parser` adds the default; where that is no value, brackets say what it means
     "paths": {"type": Path, "nargs": "*", "help": "images, volumes, shards and folders"},
     "--data": {"type": Path, "help": "folder of scans, <task>/<class>/ in it [phantoms]"},
     "--labels": {"type": Path, "help": "table with the columns path, label (task, patient, split)"},
     "--patient-pattern": {"type": pattern, "help": "regex; its first (group) is the patient"},
     "--resplit": {"action": "store_true", "help": "pool published splits, and split anew"},
-    "--task": {"help": "such as tumor (`data` lists them) [the only one]"},
+    "--task": {"help": "such as tumor (`data` lists them) [the only one, or the model's]"},
     "--encoder": {"type": Path, "help": "an encoder.pt [that of `pretrain`]"},
     "--model": {"type": Path, "required": True, "help": "a classifier.pt of probe or finetune"},
     "--head": {"choices": HEADS, "default": "cosine_mlp", "help": "linear is the usual probe"},
     "--from-scratch": {"action": "store_true", "help": "supervised baseline; val chooses its --lr"},
     "--layer": {"choices": simclr.STRIDES, "default": gradcam.LAYER, "help": "later is coarser"},
-    "--arch": {"choices": simclr.ARCHITECTURES, "default": "resnet18", "help": "of the encoder"},
+    "--arch": {"choices": simclr.ARCHITECTURES, "default": "resnet18", "help": "the encoder"},
     "--init": {"default": "random", "help": "random, imagenet, or a file of torchvision's"},
     "--image-size": {"type": between(int, 32, 1024), "default": 128, "help": "pixels a side"},
     "--batch-size": {"type": between(int, 2, 10**6), "default": 512, "help": "images a step"},
-    "--chunk-size": {"type": COUNT, "help": "images in memory at once; the loss is the same [all]"},
+    "--chunk-size": {"type": COUNT, "help": "images in memory at once; the loss stays [all]"},
     "--epochs": {"type": between(int, 0, 10**6), "help": "passes over the training images"},
     "--lr": {"type": RATE, "help": "peak of the learning rate; halve it if the loss bursts"},
-    "--temperature": {"type": RATE, "default": 0.07, "help": "lower: hardest negatives"},
-    "--label-fractions": {"type": SHARE, "nargs": "+", "default": SHARES, "help": "of labels"},
+    "--temperature": {"type": RATE, "default": 0.07, "help": "lower weighs hard negatives more"},
+    "--label-fractions": {"type": SHARE, "nargs": "+", "default": SHARES, "help": "of the groups"},
     "--seeds": {"type": COUNT, "default": 3, "help": "draws of labels and weights"},
-    "--seed": {"type": between(int, 0, 2**63 - 1), "default": 0, "help": "never moves the split"},
+    "--seed": {"type": SEED, "default": 0, "help": "of weights and views; never moves the split"},
     "--precision": {"choices": PRECISIONS, "default": "auto", "help": "auto: bf16 if native"},
     "--out": {"type": Path, "help": "folder of the run (of embed, the file) [below runs/]"},
     "--restart": {"action": "store_true", "help": "delete what is there, and begin anew"},
@@ -1048,6 +1058,8 @@ def parse(argv: list[str]) -> Namespace:
         for key, value in PHANTOM_DEFAULTS.get(args.command, {}).items():
             if not was_typed(args, key):
                 setattr(args, key, value)
+    if args.command == "finetune" and args.from_scratch and args.encoder:
+        raise data.UserError("give --encoder, or --from-scratch to begin without one")
     if args.command == "finetune" and not args.from_scratch:
         if any(was_typed(args, key) for key in ("arch", "init", "image_size")):
             raise data.UserError("--arch, --init and --image-size go with --from-scratch alone")

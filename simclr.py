@@ -305,7 +305,7 @@ def adamw(network: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
 
 def warmup_cosine(step: int, steps: int, peak: float, floor: float) -> float:
-    """The learning rate of a step: half a cosine from `peak` to `floor`, after a rise from 0.
+    """The learning rate of a step: half a cosine from `peak` to `floor`, times a ramp.
 
     The rise takes the first 5 % of the steps (Chen et al.: 10 epochs of 100 to 1000; not measured).
 
@@ -347,7 +347,9 @@ def training_step(
     networks.train()
     share = own_share(len(images))  # of many processes, the slices of this one
     view_a, view_b = random_views(images, generator, share, settings.mean, settings.std)
-    views = torch.cat([view_a, view_b])  # (2N, 1, S, S), one pass: batch norm sees both alike
+    views = torch.cat(
+        [view_a, view_b]
+    )  # (2N, 1, S, S), one pass: batch norm sees both alike (in chunks, a chunk)
     with torch.autocast(views.device.type, torch.bfloat16, enabled=bf16):
         h = encode(networks["encoder"], views, settings.chunk_size)  # (2N, E)
         z = networks["projection_head"](h)  # (2N, D)
@@ -426,7 +428,7 @@ def pretrain(
                 raise data.UserError(f"the loss is {loss:.3g} in epoch {epoch}; {tip}")
             optimizer.step()
             sums += torch.stack([loss, *contrastive_statistics(z_a, z_b)])
-        mean_loss, accuracy, std = (sums / steps).tolist()  # waits for the device
+        mean_loss, accuracy, std = (sums / steps).tolist()
         record = {"epoch": epoch, "loss": mean_loss, "lr": lr, "contrastive_accuracy": accuracy}
         record |= {"embedding_std": std, "seconds": time.perf_counter() - began}
         record["images_per_second"] = steps * size / record["seconds"]
@@ -679,10 +681,10 @@ def encode(encoder: ResNet, views: Tensor, chunk_size: int | None) -> Tensor:
     The loss sees the encoder through h alone, and h is small. So `recomputed` (torch's checkpoint)
     encodes each chunk without keeping its activations; the loss is that of the whole batch, all its
     negatives included; and on the way back each chunk is encoded once more, with activations, to
-    carry its rows of dL/dh to the weights. The gradients are those of the plain step, and the price
-    is one more forward pass.
+    carry its rows of dL/dh to the weights. The price is one more forward pass.
 
-    Batch norm sees a chunk where it would see the batch, and its running statistics move twice.
+    But for batch norm the gradients are those of the plain step. Batch norm sees a chunk where it
+    would see the batch, and its running statistics move twice.
 
     Args:
         views: (2N, 1, S, S) float.

@@ -359,6 +359,8 @@ LAYOUTS = {  # folders with an image each, and files (* = a blank) -> tasks and 
     "stroke/a/TCGA-02-0049 stroke/a/case_h49 stroke/b/P001": {"stroke": ("a", "b")},
     "yes no augmented*data/yes augmented*data/no": {"scans": ("no", "yes")},
     "ill/batch1 ill/batch2 fit/batch3": {"scans": ("fit", "ill")},
+    "ill/series_001 fit/series_001": {"scans": ("fit", "ill")},
+    "heart/ill/t1 heart/fit/t1": {"heart": ("fit", "ill")},
     "fold1/a fold1/b fold2/a fold2/b": {"fold1": ("a", "b"), "fold2": ("a", "b")},
     "b/Training/glioma b/Testing/meningioma b/Training/notumor b/Testing/pituitary "
     "brain-tumor-mri/no brain-tumor-mri/yes": {"tumor": FOUR, "brain-tumor-mri": ("no", "yes")},
@@ -406,9 +408,9 @@ def test_a_pattern_is_proposed_where_patients_are_folders_or_names_repeat(tmp_pa
     with pytest.raises(data.UserError, match="--patient-pattern.*--labels"):
         read(tmp_path / "in")
     assert len(set(read(tmp_path / "in", pattern=re.compile(r"x/(\w)/")).groups)) == 13
-    pattern = data.propose_pattern([f"a/H{i // 4}_{i}.png" for i in range(100)])
-    assert re.search(pattern, "a/H12_3.png")[1] == "H12"
-    assert not data.propose_pattern(
+    assert data.numbered_by_patient([f"a/H{i // 4}_{i}.png" for i in range(100)])
+    assert re.search(data.NUMBERED, "a/H12_3.png")[1] == "H12"
+    assert not data.numbered_by_patient(
         [f"a/Tr-{c}_{i}.png" for c in "abcdefghijkl" for i in range(50)]
     )
 
@@ -546,11 +548,13 @@ def test_a_table_says_what_names_cannot_and_what_it_lacks_is_said(tmp_path):
     fill(root, *(f"{i}.png" for i in range(12)), "tumor/glioma/1.png", "tumor/notumor/1.png")
     (root / "labels.csv").write_text("path,label")
     (root / "1.dcm").write_bytes(b"")
+    (root / "label_1.png").write_bytes(b"")
     told = " ".join(read(root).notices)
+    assert "not read: 1 files" in told
     assert "--labels" in told and "dcm2niix" in told and "1 DICOM" in told
     lines = ["path,label,task,patient,split,hospital"]
     for i in range(12):
-        lines.append(f"./{i}.png,{'ab'[i % 2]},m/x,{i // 2},{'Testing' if i > 9 else 'train'},x")
+        lines.append(f"./{i}.png,{'ab'[i % 2]},m/x,{i // 2},{'Testing' if i > 9 else 'Training'},x")
     labels.write_text("\n".join([*lines, "no.png,a", "tumor/glioma/1.png"]))
     study = read(root, labels=labels)
     assert classes_of(study) == {"m_x": ("a", "b")}  # what has no label in it has none
@@ -562,6 +566,7 @@ def test_a_table_says_what_names_cannot_and_what_it_lacks_is_said(tmp_path):
         ("file,label\n0.png,a", "path and label"),
         ("path,label,patient,split\n0.png,a,X,train\n1.png,b,X,test", "'X'.*train.*test"),
         ("path,label,split\n0.png,a,tets", "tets"),
+        ("path,label\n0.png,a\n./0.png,b", "two rows.*0.png"),
         ("path,label\nnothing.png,a", "none of"),
     ):
         labels.write_text(text)
