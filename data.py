@@ -679,7 +679,7 @@ def find_capture(path: str, pattern: re.Pattern | None) -> re.Match | None:
     >>> find_capture("a/H12_3.png", re.compile("(H[0-9]+)_"))[1]
     'H12'
     """
-    match = pattern.search(path) if pattern else None
+    match = pattern.search(path) if pattern and pattern.groups else None
     return match if match and match[1] else None
 
 
