@@ -210,7 +210,7 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read a NIfTI-1 volume, .nii or .nii.gz, and turn it so that its axes are a patient's.
 
     A file is a header of 348 bytes and, from `offset` on, the voxels, the first axis fastest. Of a
-    series of volumes the first is read. (The header's fields: nifti.nimh.nih.gov/nifti-1.)
+    file with four axes the first volume is read. (The header's fields: nifti.nimh.nih.gov/nifti-1.)
 
     Returns:
         (volume (X, Y, Z) float32, its axes running to the patient's right, front and top (RAS+);
@@ -331,7 +331,7 @@ def volume_slices(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         area = (lesions > 0.5).sum(axis=(0, 1)) * abs(np.linalg.det(affine[:2, :2]))  # (Z,) mm^2
         classes = np.where(area >= LESION_AREA, "lesion/", "no-lesion/")
     gray = to_bytes(volume, WINDOW)  # (X, Y, Z)
-    filled = (gray > 25).sum(axis=(0, 1))  # (Z,) pixels with something in them, a tenth of white
+    filled = (gray > 25).sum(axis=(0, 1))  # (Z,) pixels brighter than a tenth of white
     for z in np.flatnonzero(filled > NEAR_EMPTY * filled.max()):
         yield f"{classes[z]}{z}", axial(gray[..., z], affine)
 
@@ -577,7 +577,7 @@ def stamp(path: Path) -> str:
 
     The mask belongs to it because the classes of a volume's slices come from there.
     """
-    # No broken links. Of the times the one that nobody can set: unpacked files may all have one.
+    # exists: links may be broken. ctime: unpacking sets mtime, and nobody can set ctime.
     files = [file.stat() for file in (path, lesion_mask(path)) if file.exists()]
     return " ".join(f"{status.st_size} {status.st_ctime_ns}" for status in files)
 
@@ -789,6 +789,7 @@ def read_names(study: Study, root_name: str, pattern: re.Pattern | None) -> None
     sources = defaultdict(lambda: defaultdict(list))  # folder of the classes -> class -> rows
     for folders, rows in rows_in.items():
         if folders:
+            # Its class is the folder right in the innermost home of classes.
             depths = [depth for depth in range(len(folders)) if folders[:depth] in homes]
             depth = depths[-1] if depths else len(folders) - 1
             sources[folders[:depth]][folders[depth]] += rows
@@ -1147,6 +1148,8 @@ def split_by_group(
         (m,) str: train, val, test or dropped.
     """
     split = np.where(published == "dropped", "dropped", "train").astype("U7")
+    # A published test image takes its group out of training: that image is test, the others are
+    # dropped. Then the same for val.
     for part in ("test", "val"):
         own = (published == part) & (split == "train")
         split[np.isin(groups, groups[own]) & (split == "train")] = "dropped"

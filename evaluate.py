@@ -96,8 +96,8 @@ def auroc(ranks: Array, positive: Array) -> float:
 def class_ranks(probs: Array) -> Array:
     """(N, K): what images are ranked by for each class; the logarithm of its probability.
 
-    Of two classes it is the log-odds: one column is minus the other, and both have one AUROC. By
-    probability, 1 and 1 - 1e-17 would tie for one class, and 0 and 1e-17 not for the other.
+    Of two classes it is the log-odds, so that both have the same AUROC even where a probability
+    rounds to 1.
     """
     logits = np.log(np.maximum(probs, TINY))
     return logits - logits[:, ::-1] if probs.shape[1] == 2 else logits

@@ -15,9 +15,10 @@ Shape letters: N slices in a batch (so 2N views) · C channels · H, W pixels, S
 equal · E encoder features · D projection dimensions. Here also V views and n images to train on.
 
 Departures from the paper (docs/results.md has what was measured):
-  - one channel, no change of colour: scans are gray;
+  - one channel, no change of colour: scans are gray; half of their jitter in brightness;
   - rotation and affine besides crop and flip: heads lie a little askew; not measured;
-  - AdamW for LARS: batches here are 512, not 4096;
+  - AdamW for LARS: batches here are 512, not 4096; ResNet-18 by default, a narrower projection
+    head, and weight decay 1e-4 for 1e-6;
   - temperature 0.07 for 0.1 to 0.5, and the learning rate ends at 1/50 of its peak, not at 0.
 
 What the defaults reproduce, with hardware, minutes and intervals, stands in docs/results.md.
@@ -727,7 +728,7 @@ def gather(z: Tensor) -> Tensor:
         return z
     parts = [torch.empty_like(z) for _ in range(world)]
     dist.all_gather(parts, z.detach())
-    parts[rank] = z
+    parts[rank] = z  # of the parts this one alone has a graph
     return torch.cat(parts)
 
 
