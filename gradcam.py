@@ -298,7 +298,7 @@ def randomisation_check(model: nn.Module, layer: str, images: Tensor, stages: li
     correlations = {}
     with GradCAM(shuffled, layer) as cam:
         intact = centred(cam(images))  # (N, S S)
-        drawn = intact.any(dim=1)  # (N,) bool, False = the map is empty
+        drawn = cam.raw.flatten(1).any(dim=1)  # (N,) bool, False = the map is empty
         classes = cam.logits.argmax(dim=1)
         for stage in stages:
             for value in shuffled.get_submodule(stage).state_dict().values():

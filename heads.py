@@ -592,8 +592,7 @@ def load_classifier(path: Path) -> tuple[Classifier, dict]:
     Raises:
         UserError: the file is missing, or is no classifier.
     """
-    what = "a classifier.pt, as `python main.py probe` or `finetune` makes it"
-    encoder, checkpoint = simclr.load_encoder(path, what)
+    encoder, checkpoint = simclr.load_encoder(path, "head")
     with simclr.one_line(f"{path} is no classifier.pt of this program"):
         head = HEADS[checkpoint["head_type"]](encoder.feature_dim, len(checkpoint["classes"]))
         head.load_state_dict(checkpoint["head"])

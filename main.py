@@ -94,8 +94,7 @@ NO_SETTINGS += "config pretraining"
 # How a refusal calls settings whose values are digests.
 DIGESTS = {"encoder": "another encoder", "model": "another model"}
 DIGESTS["fingerprint"] = "other images, or another table of labels"
-# Our checkpoints, by a key that those before lack.
-KINDS = {"encoder": "an encoder.pt", "head": "a classifier.pt", "optimizer": "a checkpoint.pt"}
+
 
 # ---------------------------------------------------------------------------------------------
 # What the commands share
@@ -148,25 +147,6 @@ def choose_device(args: Namespace) -> None:
     precision = getattr(args, "precision", "fp32")  # only commands that train have the flag
     args.bf16 = native if precision == "auto" else precision == "bf16"
     say(f"on {name}, " + (f"training in bf16 ({why})" if args.bf16 else "in float32"))
-
-
-def expect(path: Path, wanted: str, tip: str) -> None:
-    """Refuse a file that is there, but is none of the wanted kind.
-
-    Args:
-        wanted: one of KINDS.
-
-    Raises:
-        UserError: it says what the file is, if it is of KINDS, and the tip.
-    """
-    found = "a folder" if path.is_dir() else f"no file of this program ({path.suffix}), or damaged"
-    with suppress(Exception):  # a foreign file can raise nearly anything
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for key, kind in KINDS.items():
-            if key in checkpoint:
-                found = kind
-    if path.exists() and found != wanted:
-        raise data.UserError(f"{path} is {found}, not {wanted}; {tip}")
 
 
 def load_study(args: Namespace) -> data.Study:
@@ -290,8 +270,7 @@ def open_run(args: Namespace, name: str, images: data.Images, /, **more: object)
             dist.barrier()
         state, path = None, args.out / "checkpoint.pt"
         if path.exists():
-            expect(path, "a checkpoint.pt", "--restart begins anew")
-            state = simclr.load_checkpoint(path, "a checkpoint.pt")
+            state = simclr.load_checkpoint(path, "optimizer")
         yield state
 
 
@@ -553,8 +532,6 @@ def probe_or_embed(args: Namespace, study: data.Study, encoder: Path) -> list[st
 def read_encoder(args: Namespace) -> tuple[simclr.ResNet, dict]:
     """The encoder of --encoder or, where that was not given, of `pretrain` on such data."""
     args.encoder = args.encoder or args.runs / "pretrain" / "encoder.pt"
-    # A classifier's encoder would know the labels beforehand.
-    expect(args.encoder, "an encoder.pt", "--encoder takes what `pretrain` makes")
     encoder, checkpoint = simclr.load_encoder(args.encoder)
     args.pretraining = checkpoint["config"]
     args.arch = checkpoint["arch"]
@@ -726,7 +703,6 @@ def compare(args: Namespace) -> None:
 
 def read_model(args: Namespace) -> tuple[heads.Classifier, dict]:
     """The classifier of --model, and its checkpoint."""
-    expect(args.model, "a classifier.pt", "--model takes what `probe` and `finetune` make")
     classifier, checkpoint = heads.load_classifier(args.model)
     args.image_size = checkpoint["image_size"]
     return classifier, checkpoint

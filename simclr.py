@@ -593,14 +593,30 @@ def one_line(what: str) -> Iterator[None]:
         raise data.UserError(f"{what} ({error!r:.50})") from error
 
 
-def load_checkpoint(path: Path, what: str) -> dict:
+# Our checkpoints, by a key that those below it lack.
+KINDS = {
+    "head": "a classifier.pt, as `probe` and `finetune` make it",
+    "encoder": "an encoder.pt, as `pretrain` makes it",
+    "optimizer": "a checkpoint.pt of a run, which --restart replaces",
+}
+
+
+def load_checkpoint(path: Path, wanted: str) -> dict:
     """Read a checkpoint; nothing but tensors and plain values is ever unpickled.
 
     Args:
-        what: what was expected there, and what makes one, for the line that a user sees.
+        wanted: a key of KINDS. A classifier is no encoder: it would know the labels beforehand.
+
+    Raises:
+        UserError: it cannot be read, or is another kind.
     """
-    with one_line(f"{path} cannot be read; expected {what}"):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with one_line(f"{path} cannot be read; expected {KINDS[wanted]}"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        kinds = [key for key in KINDS if key in checkpoint]
+    if kinds[:1] != [wanted]:
+        found = KINDS[kinds[0]] if kinds else "no file of this program"
+        raise data.UserError(f"{path} is {found}; expected {KINDS[wanted]}")
+    return checkpoint
 
 
 def encoder_checkpoint(encoder: ResNet, config: dict, epoch: int, seen: Tensor) -> dict:
@@ -618,7 +634,7 @@ def encoder_checkpoint(encoder: ResNet, config: dict, epoch: int, seen: Tensor) 
     return checkpoint | {"config": config, "seen": seen}
 
 
-def load_encoder(path: Path, what: str = "an encoder of `main.py pretrain`") -> tuple[ResNet, dict]:
+def load_encoder(path: Path, wanted: str = "encoder") -> tuple[ResNet, dict]:
     """Read encoder.pt (or classifier.pt, which holds one too) into a ResNet on the CPU.
 
     Every parameter has to be there, of its own name and shape: an encoder loaded in part would
@@ -630,7 +646,7 @@ def load_encoder(path: Path, what: str = "an encoder of `main.py pretrain`") -> 
     Raises:
         UserError: the file is missing, or is no such checkpoint.
     """
-    checkpoint = load_checkpoint(path, what)
+    checkpoint = load_checkpoint(path, wanted)
     with one_line(f"{path} is no encoder.pt of this program"):
         encoder = ARCHITECTURES[checkpoint["arch"]]()
         encoder.load_state_dict(checkpoint["encoder"])

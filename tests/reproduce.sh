@@ -34,7 +34,7 @@ for head in linear cosine_mlp; do
 done
 finished compare ||
     $MAIN compare --data "$DATA/tumor" --task tumor --encoder "$OUT/tumor/encoder.pt" \
-        --out "$OUT/compare" --label-fractions 0.01 0.1 1 --seeds 3 --epochs 12
+        --out "$OUT/compare" --label-fractions 0.1 --seeds 3 --epochs 30
 
 # Transfer: the tumor encoder on other diseases; nobody of theirs has been seen by it.
 for part in stroke alzheimer; do

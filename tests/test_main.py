@@ -615,8 +615,8 @@ MISTAKES = {
     "probe --encoder no.pt": "no.pt cannot be read",
     "probe --data scans --task mine --encoder runs/probe-mine/classifier.pt": "is a classifier",
     "probe --data scans --task mine --encoder runs/pretrain/checkpoint.pt": "is a checkpoint.pt",
-    "predict --model runs/pretrain/encoder.pt loose": "is an encoder.pt, not a classifier.pt",
-    "predict --model empty/notes.txt loose": "is no file of this program (.txt)",
+    "predict --model runs/pretrain/encoder.pt loose": "is an encoder.pt, as `pretrain` makes it",
+    "predict --model empty/notes.txt loose": "notes.txt cannot be read; expected a classifier.pt",
     "data --data scans --labels empty/notes.txt": "give a .csv or .tsv",
 }
 

@@ -300,7 +300,7 @@ def test_encoder_pt_survives_the_round_trip_and_what_is_none_is_one_line(tmp_pat
     Path("half.pt").write_bytes(whole.read_bytes()[:300])
     Path("harm.pt").write_bytes(b"cos\nsystem\n(S'touch harmed'\ntR.")  # once it is unpickled
     for name in ("half.pt", "harm.pt", "missing.pt"):
-        with pytest.raises(data.UserError, match=rf"^{name} .*main.py pretrain.*\)$"):
+        with pytest.raises(data.UserError, match=rf"^{name} .*`pretrain` makes it.*\)$"):
             simclr.load_encoder(Path(name))
         with pytest.raises(data.UserError, match=rf"{name} has no weights of a resnet18.*\)$"):
             simclr.init_encoder("resnet18", name)
