@@ -658,7 +658,8 @@ def curve_figure(title: str, records: list[dict], names: dict, chosen=None) -> I
         dots += [(x, y, color, 12) for x, y in points if x == chosen or len(points) == 1]
     if chosen:
         lines.append(("dots: the chosen epoch", MUTED, 2, []))
-    return chart(title, "epoch", "", lines, dots)
+    epochs = {epoch: f"{epoch:.0f}" for epoch in np.linspace(0, len(records), 5).round()}
+    return chart(title, "epoch", "", lines, dots, x_names=epochs)
 
 
 def leak_figure(meter: dict) -> Image.Image:
