@@ -419,8 +419,8 @@ def leak_meter(thumbnails: Array, labels: Array, groups: Array) -> dict:
 # The report
 # ---------------------------------------------------------------------------------------------
 
-FEW_GROUPS = """Below 20 groups these intervals are too narrow: of 2, 3, 5, 8 and 13 groups, 54, 69,
-83, 87 and 91 % held the truth in simulations. From one group nothing follows for other patients."""
+FEW_GROUPS = """Below 20 groups these intervals are too narrow: of 2, 3, 5, 8 and 13 groups, 50, 73,
+82, 88 and 91 % held the truth in simulations. From one group nothing follows for other patients."""
 
 
 def markdown(text: str) -> str:
