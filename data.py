@@ -440,6 +440,10 @@ class Images:
     hashes: np.ndarray  # (n, 16) uint8, half of the SHA-256 of the gray pixels as decoded
     unreadable: dict[int, str]  # row -> why; its row of the arrays means nothing
 
+    def readable(self, rows: np.ndarray) -> np.ndarray:
+        """Those of the rows (k,) int64 that can be read, sorted."""
+        return np.setdiff1d(rows, list(self.unreadable))
+
 
 def row_type(size: int) -> np.dtype:
     """One image in the cache's file: the three arrays, one after the other."""
@@ -1193,7 +1197,7 @@ def make_task(study: Study, name: str, resplit: bool) -> Task:
     found = set(study.label[rows])
     known = [label for label in KNOWN_TASKS.get(name, ()) if label in found]
     classes = (*known, *sorted(found - set(known)))
-    rows = np.setdiff1d(rows, list(study.images.unreadable))
+    rows = study.images.readable(rows)
     labels = np.array([classes.index(label) for label in study.label[rows]], np.int64)
     groups, doubts = study.groups[rows], study.doubts[rows]
     published = study.published[rows].astype("U7")

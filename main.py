@@ -186,7 +186,7 @@ def readable_rows(images: data.Images) -> np.ndarray:
         say(f"  left out, unreadable: {images.names[row]} ({why})")
     if len(bad) == n or len(bad) > max(MAX_UNREADABLE, 0.01 * n):
         raise data.UserError(f"{len(bad)} of {n} images cannot be read; replace or remove them")
-    return np.setdiff1d(np.arange(n), list(bad))
+    return images.readable(np.arange(n))
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -258,10 +258,10 @@ def open_run(args: Namespace, name: str, images: data.Images, /, **more: object)
     args.config = describe_run(args, images, more)
     with data.lock_folder(args.out) if RANK == 0 else nullcontext():
         if RANK == 0:
-            for name in RUN_FILES.split():
-                outdated = [*args.out.glob(f".{name}.*.tmp")]  # their writing was killed
+            for pattern in RUN_FILES.split():
+                outdated = [*args.out.glob(f".{pattern}.*.tmp")]  # their writing was killed
                 if args.restart:
-                    outdated += args.out.glob(name)
+                    outdated += args.out.glob(pattern)
                 for file in outdated:
                     file.unlink()
             refuse_other_settings(args)
@@ -888,7 +888,7 @@ def embed(args: Namespace) -> None:
         tasks[task.rows], splits[task.rows] = task.name, task.split
     seen = data.was_seen(study, checkpoint["seen"].numpy())
     splits[seen & np.isin(splits, ("", "test", "val"))] = "pretrain"  # no test of this encoder
-    rows = np.setdiff1d(np.arange(len(names)), list(study.images.unreadable))
+    rows = study.images.readable(np.arange(len(names)))
     say(f"reading the features of {counted(len(rows), 'image')}")
     h = heads.features_of(encoder, study.images.squares, rows, checkpoint, args.device).numpy()
     texts = {"paths": names, "labels": labels, "tasks": tasks, "splits": splits}

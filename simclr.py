@@ -348,9 +348,8 @@ def training_step(
     networks.train()
     share = own_share(len(images))  # of many processes, the slices of this one
     view_a, view_b = random_views(images, generator, share, settings.mean, settings.std)
-    views = torch.cat(
-        [view_a, view_b]
-    )  # (2N, 1, S, S), one pass: batch norm sees both alike (in chunks, a chunk)
+    # In one pass, so that batch norm sees both views alike (where there are chunks, a chunk's).
+    views = torch.cat([view_a, view_b])  # (2N, 1, S, S)
     with torch.autocast(views.device.type, torch.bfloat16, enabled=bf16):
         h = encode(networks["encoder"], views, settings.chunk_size)  # (2N, E)
         z = networks["projection_head"](h)  # (2N, D)

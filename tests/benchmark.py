@@ -132,10 +132,10 @@ def lightly_epochs(
         def __getitem__(self, i: int) -> list:
             return transform(Image.fromarray(images[i]).convert("RGB"))
 
+    size = settings.batch_size
     loader = torch.utils.data.DataLoader(
-        Views(), settings.batch_size, shuffle=True, drop_last=True, num_workers=2,
-        persistent_workers=True,
-    )  # fmt: skip
+        Views(), size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
+    )
     head = SimCLRProjectionHead(512, 512, 128).to(device)
     encoder.to(device, memory_format=torch.channels_last).train()
     networks = nn.ModuleList([encoder, head])
@@ -163,8 +163,7 @@ def race(folder: Path, task_name: str, minutes: float, size: int, batch: int) ->
 
     def begin(name: str, epochs: int) -> tuple[nn.Module, Iterator]:
         """A new encoder, and its epochs."""
-        how = {"batch_size": batch, "lr": 1e-3, "temperature": 0.2}
-        settings = simclr.Pretraining(epochs=epochs, **how)
+        settings = simclr.Pretraining(epochs, batch, lr=1e-3, temperature=0.2)
         torch.manual_seed(0)
         if name == "lightly":
             encoder = GrayEncoder()
